@@ -1,0 +1,69 @@
+# make help lists the targets. Each creates .venv, installs what it needs at the versions of constraints.txt, and does its
+# job; a second run starts at once. C++ and build files that change are compiled again, Python files need nothing.
+
+PYTHON ?= python3
+ENV := .venv/bin
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt ddfast/__init__.py $(shell find csrc -type f)
+
+# Threads that wait must not spin: other processes may share the cores.
+export OMP_WAIT_POLICY ?= passive
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types wheel bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+
+demo: .venv/installed-demo  ## 2,000 noise-token pairs of each bundled teacher, and pictures of them
+	$(ENV)/ddfast pairs --teacher digits-var --num 2000 --out demo/pairs-var
+	$(ENV)/ddfast pairs show demo/pairs-var --out demo/pairs-var.png
+	$(ENV)/ddfast pairs --teacher digits-llamagen --num 2000 --out demo/pairs-llamagen
+	$(ENV)/ddfast pairs show demo/pairs-llamagen --out demo/pairs-llamagen.png
+	@echo "The pictures are demo/pairs-var.png and demo/pairs-llamagen.png"
+
+test: .venv/installed-test  ## the tests
+	$(ENV)/pytest tests
+
+lint: .venv/installed-lint  ## ruff: errors and formatting
+	$(ENV)/ruff check .
+	$(ENV)/ruff format --check .
+
+types: .venv/installed-lint  ## mypy, strict
+	$(ENV)/mypy
+
+wheel: .venv/python-ready  ## dist/ddfast-*.whl
+	$(ENV)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+bench: .venv/installed-bench  ## every benches/bench_*.py; figures go to benches/results
+	@set -e; for bench in benches/bench_*.py; do echo "$$bench"; $(ENV)/python "$$bench"; done
+
+clean:  ## remove .venv and everything built
+	rm -rf .venv build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+EXTRAS_demo :=
+EXTRAS_test := [test]
+EXTRAS_lint := [test,lint]
+EXTRAS_bench := [test,bench]
+
+.venv/installed-%: .venv/python-ready $(SOURCES)
+	@echo "Installing ddfast$(EXTRAS_$*) into .venv"
+	@if ! $(ENV)/python -c 'from sysconfig import get_path; open(get_path("include") + "/Python.h")' 2> /dev/null; then \
+	  echo "Python.h is missing, so the slower torch code is used: for C++, apt install python3-dev and make clean" >&2; \
+	  export SKBUILD_WHEEL_CMAKE=false; \
+	fi; $(ENV)/pip install --quiet --editable '.$(EXTRAS_$*)'
+	@touch $@
+
+.venv/python-ready:
+	@missing() { echo "$$1 is missing: on Debian or Ubuntu, apt install $$2" >&2; exit 1; }; \
+	command -v $(PYTHON) > /dev/null || missing $(PYTHON) "python3 python3-venv"; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || missing "Python 3.10 or later" "python3.11 python3.11-venv, then: make PYTHON=python3.11"; \
+	$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || missing "Python's venv" "python3-venv"; \
+	for cxx in $$CXX c++ g++ clang++ none; do command -v "$$cxx" > /dev/null && break; done; \
+	test "$$cxx" != none || missing "a C++ compiler" "g++"
+	@$(PYTHON) -m venv .venv
+	@touch $@

@@ -1,0 +1,63 @@
+"""Shared by the benches: what the hardware is, how to time, how to write the figures down."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+
+import ddfast
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cpu_name() -> str:
+    """Such as "AMD EPYC (Zen 5)": the maker's name, with the generation where the name alone does not give it."""
+    fields: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    generation = {"23": "Zen 1-2", "25": "Zen 3-4", "26": "Zen 5"}.get(fields.get("cpu family", ""))
+    return f"{name} ({generation})" if generation and "AMD" in name else name
+
+
+def hardware(device: str = "cpu") -> dict[str, Any]:
+    """What a figure depends on: CPU and cores, GPU if ``device`` is one, and versions. Names no machine."""
+    facts: dict[str, Any] = {
+        "cpu": f"{cpu_name()}, {torch.get_num_threads()} cores",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if torch.device(device).type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = torch.version.cuda
+    facts["versions"] = {"ddfast": ddfast.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return facts
+
+
+def measure(run: Callable[[], object], *, repeats: int = 10, warmup: int = 2, device: str = "cpu") -> dict[str, float]:
+    """Seconds a call: median, p20 and p80 over ``repeats`` calls after ``warmup`` that do not count."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    seconds = []
+    for _ in range(warmup + repeats):
+        wait()
+        begin = time.perf_counter()
+        run()
+        wait()
+        seconds.append(time.perf_counter() - begin)
+    cuts = quantiles(seconds[warmup:], n=10, method="inclusive")
+    return {"median_s": cuts[4], "p20_s": cuts[1], "p80_s": cuts[7]}
+
+
+def finish(figures: dict[str, Any], out: Path) -> None:
+    """Write the figures to ``out`` and print them as one JSON object, the bench's last line."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures))

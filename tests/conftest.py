@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", type=Path, default=HERE / "golden", help="outputs of the official code")
+
+
+def golden_files(config: pytest.Config, pattern: str) -> list[Path]:
+    """The golden files of one kind in the folder chosen by --golden."""
+    return sorted(Path(config.getoption("--golden")).glob(pattern + ".safetensors"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``@pytest.mark.golden("var_teacher_*")`` runs a test that takes ``golden`` once per file of that kind."""
+    mark = metafunc.definition.get_closest_marker("golden")
+    if mark is None:
+        return
+    files = golden_files(metafunc.config, mark.args[0])
+    params = files or [Path(mark.args[0])]  # an absent kind is one failing test, not a silent skip
+    metafunc.parametrize("golden", params, ids=[p.stem for p in params], indirect=True)
+
+
+@pytest.fixture
+def golden_dir(request: pytest.FixtureRequest) -> Path:
+    return Path(request.config.getoption("--golden"))
+
+
+class Golden:
+    """One golden file: ``config``, tensors by full name, and weights with their int8 scaling undone."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "pt") as f:
+            self.config: dict[str, Any] = json.loads(f.metadata()["config"])
+            self.tensors = {k: f.get_tensor(k) for k in f.keys()}
+        self.path = path
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.tensors[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.tensors
+
+    def weights(self, prefix: str = "weights.") -> dict[str, torch.Tensor]:
+        exponents = self.config.get("int8_weight_exponent", {})
+        out = {}
+        for key, value in self.tensors.items():
+            if key.startswith(prefix):
+                name = key[len(prefix) :]
+                exponent = exponents.get(name, exponents.get(key))
+                out[name] = value if exponent is None else value.float() * 2.0**-exponent
+        return out
+
+    def close(self, got: torch.Tensor, key: str) -> None:
+        """Assert |got - want| <= atol + rtol |want| with the tolerances stored in the file."""
+        torch.testing.assert_close(got, self[key].to(got.dtype), rtol=self.config["rtol"], atol=self.config["atol"])
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    if not request.param.exists():
+        pytest.fail(f"no file {request.param}.safetensors in {request.config.getoption('--golden')}", pytrace=False)
+    return Golden(request.param)
