@@ -1,0 +1,263 @@
+"""The LlamaGen class-conditional transformer (arXiv 2406.06525) and its teacher: a group a token, static KV cache.
+
+Axes: B images, R rows (2B while guided), n positions, L tokens of an image, D width, H heads, d head width,
+V codebook size, C codebook channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .base import DecodeState, Sampling, Teacher, Tokenizer
+
+
+@dataclass(frozen=True)
+class LlamaGenConfig:
+    """Shapes of a LlamaGen transformer, under the official names where they have one."""
+
+    n_layer: int
+    n_head: int
+    dim: int
+    block_size: int = 256
+    vocab_size: int = 16384
+    num_classes: int = 1000
+    n_kv_head: int | None = None
+    multiple_of: int = 256
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Two thirds of four widths, rounded up to ``multiple_of``."""
+        return -(-int(2 * 4 * self.dim / 3) // self.multiple_of) * self.multiple_of
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_head
+
+
+def rope_2d(grid: int, head_dim: int, base: float) -> Tensor:
+    """Rotations cos, sin for the class position and a grid in raster order: float32 [1 + grid^2, d/2, 2].
+
+    The first half of a head's pairs turns with the row, the second with the column. The class position's entry is all
+    zeros, cos too: its query and key vanish, so every position gives it score 0 while its value still counts.
+    """
+    half = head_dim // 2
+    freqs = 1.0 / base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
+    angles = torch.outer(torch.arange(grid).float(), freqs)
+    rows = angles[:, None].expand(-1, grid, -1)
+    cols = angles[None].expand(grid, -1, -1)
+    turned = torch.cat([rows, cols], dim=-1).flatten(0, 1)
+    table = torch.stack([turned.cos(), turned.sin()], dim=-1)
+    return torch.cat([torch.zeros(1, half, 2), table])
+
+
+def rotate(x_RnHd: Tensor, rope: Tensor) -> Tensor:
+    """Turn the interleaved pairs (2j, 2j+1) of x by ``rope`` [n, d/2, 2]."""
+    even, odd = x_RnHd.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x_RnHd)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.wqkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x_RnD: Tensor, rope: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """Causal over this call's positions; with ``cache`` [2, R, kv_heads, 1 + L, d], after those cached before."""
+        widths = [self.heads, self.kv_heads, self.kv_heads]
+        q, k, v = self.wqkv(x_RnD).unflatten(2, (-1, self.head_dim)).split(widths, dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
+        n = q.shape[2]
+        if cache is not None:
+            cache[0, :, :, start : start + n] = k
+            cache[1, :, :, start : start + n] = v
+            k, v = cache[0, :, :, : start + n], cache[1, :, :, : start + n]
+            assert n == 1 or start == 0
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=self.heads != self.kv_heads)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x)"""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config.dim, config.ffn_hidden)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cache, start)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class ClassEmbedding(nn.Module):
+    """One row a class and, last, the row of "no class"."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)
+
+
+class LlamaGenTransformer(nn.Module):
+    """Next-token prediction in raster order after one class position."""
+
+    rope: Tensor
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.cls_embedding = ClassEmbedding(c.num_classes, c.dim)
+        self.tok_embeddings = nn.Embedding(c.vocab_size, c.dim)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = RMSNorm(c.dim, c.norm_eps)
+        self.output = nn.Linear(c.dim, c.vocab_size, bias=False)
+        grid = math.isqrt(c.block_size)
+        with torch.device("cpu"):
+            self.register_buffer("rope", rope_2d(grid, c.head_dim, c.rope_base), persistent=False)
+
+    @staticmethod
+    def optional_keys(config: LlamaGenConfig) -> dict[str, tuple[int, ...]]:
+        """The rotation table that some released files carry, rebuilt here instead of read: name to shape."""
+        return {"freqs_cis": (1 + config.block_size, config.head_dim // 2, 2)}
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal(0, 0.02) matrices; the output head starts at zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+        self.output.weight.zero_()
+
+    def run(self, x_RnD: Tensor, caches: Tensor | None = None, start: int = 0) -> Tensor:
+        """Positions start..start+n-1 (0 is the class): inputs [R, n, D] to logits [R, n, V]."""
+        rope = self.rope[start : start + x_RnD.shape[1]]
+        for i, layer in enumerate(self.layers):
+            x_RnD = layer(x_RnD, rope, None if caches is None else caches[i], start)
+        return self.output(self.norm(x_RnD))
+
+    def forward(self, labels: Tensor, tokens: Tensor) -> Tensor:
+        """All tokens at once (teacher forcing): labels int64 [B], tokens int64 [B, L] to logits [B, L, V].
+
+        Position i predicts token i from the class and tokens before i; the last token is never read.
+        """
+        x = torch.cat([self.cls_embedding(labels).unsqueeze(1), self.tok_embeddings(tokens[:, :-1])], dim=1)
+        return self.run(x)
+
+
+class LlamaGenState(DecodeState):
+    """A batch of a LlamaGen teacher: the next position's input and the KV cache."""
+
+    cache: Tensor
+    inputs: Tensor
+
+
+class LlamaGenTeacher(Teacher):
+    """LlamaGen behind the teacher wall. Guided logits are uncond + guidance (cond - uncond); with an interval n >= 0
+    only tokens 0..n+1 are guided, as in the official sampler."""
+
+    filter_rule = "llamagen"
+
+    def __init__(self, name: str, transformer: LlamaGenTransformer, tokenizer: nn.Module) -> None:
+        super().__init__(name)
+        self.transformer = transformer
+        self.tokenizer = tokenizer
+        config = transformer.config
+        self.groups = (1,) * config.block_size
+        self.num_classes = config.num_classes
+        if self._tokenizer.codebook.shape[0] != config.vocab_size:
+            raise UserError(
+                f"tokenizer with {self._tokenizer.codebook.shape[0]} codebook entries does not fit {name}, "
+                f"which needs {config.vocab_size}"
+            )
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self.tokenizer  # type: ignore[return-value]
+
+    @property
+    def codebook(self) -> Tensor:
+        return self._tokenizer.codebook.float()
+
+    @property
+    def image_size(self) -> int:
+        return self._tokenizer.image_size
+
+    def plain_sampling(self) -> Sampling:
+        return Sampling(guidance=1.0, top_k=0, top_p=1.0)
+
+    def guidance_weights(self, guidance: float, interval: int = -1) -> tuple[float, ...]:
+        guided = len(self.groups) if interval < 0 else interval + 2
+        return tuple(guidance if i < guided else 1.0 for i in range(len(self.groups)))
+
+    def cache_bytes(self, guided: bool) -> int:
+        c = self.transformer.config
+        per_row = 2 * c.n_layer * c.kv_heads * c.head_dim * c.block_size * self.dtype.itemsize
+        return per_row * (2 if guided else 1)
+
+    @torch.inference_mode()
+    def decode_state(self, labels: Tensor, guidance: float, interval: int = -1) -> LlamaGenState:
+        self.check_labels(labels)
+        c = self.transformer.config
+        state = LlamaGenState(labels, self.guidance_weights(guidance, interval), c.num_classes)
+        shape = (c.n_layer, 2, state.rows, c.kv_heads, c.block_size, c.head_dim)
+        state.cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+        state.inputs = self.transformer.cls_embedding(state.labels).unsqueeze(1)
+        return state
+
+    @torch.inference_mode()
+    def logits(self, state: DecodeState) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(state, LlamaGenState)
+        cache = state.cache[:, :, : state.rows]
+        return state.split(self.transformer.run(state.inputs[: state.rows], cache, start=state.group))
+
+    @torch.inference_mode()
+    def append(self, state: DecodeState, tokens: Tensor) -> None:
+        assert isinstance(state, LlamaGenState)
+        state.group += 1
+        if state.group < len(self.groups):
+            state.inputs = self.transformer.tok_embeddings(tokens).repeat(state.rows // state.batch, 1, 1)
+
+    @torch.inference_mode()
+    def images(self, tokens: Tensor) -> Tensor:
+        return self._tokenizer.decode(tokens).float()
