@@ -1,0 +1,79 @@
+"""Reading pairs back for training: random access, memory-mapped, noise made on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .. import ops
+from ..errors import UserError
+from .manifest import read_manifest
+from .store import read_shard, shard_path
+
+
+class Pairs(NamedTuple):
+    """Some noise-token pairs.
+
+    labels: int64 [B]; tokens: int64 [B, L]; noise: float32 [B, L, C].
+    """
+
+    labels: Tensor
+    tokens: Tensor
+    noise: Tensor
+
+
+class PairDataset(Dataset[Pairs]):
+    """The pairs of a folder.
+
+    ``dataset[i]`` is one pair without the batch axis, ``dataset[[i, j, …]]`` a batch; with a DataLoader, batches are
+    fastest as ``DataLoader(dataset, sampler=BatchSampler(…), batch_size=None)``.
+
+    Args:
+        folder: made by ``ddfast pairs``.
+        verify: compare every shard's checksum on opening (about a second a gigabyte).
+        partial: take the leading whole shards of an unfinished folder instead of refusing it.
+
+    Raises:
+        UserError: no pairs there, shards missing, damaged or of other pairs.
+    """
+
+    def __init__(self, folder: str | Path, verify: bool = True, partial: bool = False) -> None:
+        self.folder = Path(folder)
+        self.manifest = m = read_manifest(self.folder)
+        count = next((s for s in range(m.num_shards) if not shard_path(self.folder, s).exists()), m.num_shards)
+        if count < (1 if partial else m.num_shards):
+            raise UserError(
+                f"{self.folder} is unfinished: shard {count} of {m.num_shards} is missing; "
+                "run the `ddfast pairs` command that began it once more"
+            )
+        self._shards = [read_shard(self.folder, m, s, full=verify).tensors for s in range(count)]
+        self._length = sum(len(s["labels"]) for s in self._shards)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int | Sequence[int] | Tensor) -> Pairs:
+        if isinstance(index, int):
+            return Pairs(*(t[0] for t in self[[index]]))
+        pairs = torch.as_tensor(index, dtype=torch.int64)
+        pairs = torch.where(pairs < 0, pairs + self._length, pairs)
+        if pairs.numel() and not 0 <= int(pairs.min()) <= int(pairs.max()) < self._length:
+            raise IndexError(f"pair index out of range: the folder holds {self._length}")
+        places = [divmod(i, self.manifest.shard_size) for i in pairs.tolist()]
+        return Pairs(self._gather("labels", places), self._gather("tokens", places), self._noise(pairs, places))
+
+    def _gather(self, name: str, places: list[tuple[int, int]]) -> Tensor:
+        rows = [self._shards[shard][name][row] for shard, row in places]
+        stacked = torch.stack(rows) if rows else self._shards[0][name][:0]
+        return stacked if name == "noise" else stacked.to(torch.int64)
+
+    def _noise(self, pairs: Tensor, places: list[tuple[int, int]]) -> Tensor:
+        m = self.manifest
+        if m.store_noise:
+            return self._gather("noise", places)
+        return ops.normal_noise(m.seed, pairs, 0, m.num_tokens, m.channels)

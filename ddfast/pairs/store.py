@@ -1,0 +1,129 @@
+"""Shards on disk: written whole or not at all, byte for byte reproducible, and checked when read.
+
+A shard is ``shard-NNNNN.safetensors`` with ``labels`` int32 [N], ``tokens`` uint16 [N, L] and, on request, ``noise``
+float32 [N, L, C]. Its metadata entry ``ddfast`` is a JSON object: the manifest's checksum, the shard's number, how it
+was computed (``run``: batch, dtype, device) and a SHA-256 over all of that and the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import write_atomic
+from .manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decides only the rounding of a shard.
+
+    Attributes:
+        batch: pairs decoded together.
+        dtype: of the teacher's arithmetic.
+        device: ``cpu`` or the GPU's name.
+    """
+
+    batch: int
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard read back: ``tensors`` are memory-mapped."""
+
+    run: Run
+    tensors: dict[str, Tensor]
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.safetensors"
+
+
+def write_shard(
+    folder: Path, manifest: Manifest, shard: int, run: Run, arrays: Mapping[str, np.ndarray[Any, Any]]
+) -> None:
+    """Write one shard. ``arrays`` have the names, dtypes and shapes of :func:`layout`."""
+    assert {k: (a.dtype.name, a.shape) for k, a in arrays.items()} == layout(manifest, shard)
+    note = {"manifest": manifest.checksum, "shard": shard, "run": asdict(run)}
+    note["sha256"] = digest(note, arrays)
+    write_atomic(shard_path(folder, shard), packed(note, arrays))
+
+
+def packed(note: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
+    """The bytes of a shard file: one metadata entry, so that their order is fixed."""
+    return save(dict(arrays), {"ddfast": json.dumps(note, sort_keys=True)})
+
+
+def layout(manifest: Manifest, shard: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name to (dtype, shape) of a shard's tensors."""
+    n, length = len(manifest.shard_range(shard)), manifest.num_tokens
+    out: dict[str, tuple[str, tuple[int, ...]]] = {"labels": ("int32", (n,)), "tokens": ("uint16", (n, length))}
+    if manifest.store_noise:
+        out["noise"] = ("float32", (n, length, manifest.channels))
+    return out
+
+
+def digest(note: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """SHA-256 over a shard's note (without the digest itself) and its tensors in order of name."""
+    sha = hashlib.sha256(json.dumps({k: v for k, v in note.items() if k != "sha256"}, sort_keys=True).encode())
+    for name in sorted(arrays):
+        sha.update(name.encode())
+        sha.update(np.ascontiguousarray(arrays[name]).data)
+    return sha.hexdigest()
+
+
+def read_shard(folder: Path, manifest: Manifest, shard: int, full: bool = True) -> Shard:
+    """Open a shard and check it: header, size, manifest and, with ``full``, checksum, labels and token range.
+
+    Raises:
+        UserError: the shard is missing, cut, altered, or belongs to other pairs.
+    """
+    path = shard_path(folder, shard)
+    fix = "delete it and rerun `ddfast pairs` to make it again"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; rerun `ddfast pairs` with the same settings to finish the folder")
+    try:
+        with safe_open(path, "pt") as f:
+            note = json.loads((f.metadata() or {})["ddfast"])
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+        run, owner, number, sha256 = Run(**note["run"]), note["manifest"], note["shard"], note["sha256"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); {fix}") from error
+    found = {k: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for k, t in tensors.items()}
+    if owner != manifest.checksum or number != shard:
+        raise UserError(f"{path} belongs to other pairs than {folder}/manifest.json describes; {fix}")
+    if found != layout(manifest, shard):
+        raise UserError(f"{path} holds {found} instead of {layout(manifest, shard)}; {fix}")
+    if full:
+        _check_content(path, manifest, shard, note, sha256, tensors, fix)
+    return Shard(run, tensors)
+
+
+def _check_content(
+    path: Path, manifest: Manifest, shard: int, note: Any, sha256: str, tensors: dict[str, Tensor], fix: str
+) -> None:
+    arrays = {k: t.numpy() for k, t in tensors.items()}
+    if digest(note, arrays) != sha256 or path.read_bytes() != save(
+        arrays, {"ddfast": json.dumps(note, sort_keys=True)}
+    ):
+        raise UserError(f"{path} is damaged: its checksum does not match; {fix}")
+    if int(arrays["tokens"].max()) >= manifest.vocab_size:
+        raise UserError(
+            f"{path} holds token {int(arrays['tokens'].max())} of a codebook of {manifest.vocab_size}; {fix}"
+        )
+    pairs = torch.arange(manifest.shard_range(shard).start, manifest.shard_range(shard).stop)
+    if not torch.equal(tensors["labels"].long(), manifest.pair_labels(pairs)):
+        raise UserError(f"{path} holds labels that its manifest does not give; {fix}")
