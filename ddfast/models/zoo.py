@@ -123,7 +123,7 @@ TEACHERS = {
     t.name: t
     for t in (
         _digits("VAR", guidance=0.5, top_p=0.0),
-        _digits("LlamaGen", guidance=1.5, top_p=1.0),
+        _digits("LlamaGen", guidance=1.25, top_p=1.0),
         _var("var-d16", 16, "var_d16.pth"),
         _var("var-d20", 20, "var_d20.pth"),
         _var("var-d24", 24, "var_d24.pth"),
