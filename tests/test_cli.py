@@ -101,6 +101,7 @@ def test_options_reach_the_manifest(tmp_path: Path, bundle: str) -> None:
         ("--teacher BUNDLE --num 5 --out OUT --batch 0", "--batch is 0"),
         ("--teacher BUNDLE --num 5 --out OUT --device cuda:7", "torch sees . CUDA devices"),
         ("--teacher BUNDLE --num 5 --out OUT --device tpuu", "--device tpuu is not a device"),
+        ("--teacher BUNDLE --num 5 --out OUT --device mps", "--device mps is not supported"),
         ("--teacher BUNDLE --num 5 --out OUT --preset paper", "no preset 'paper'; it has plain"),
         ("--teacher BUNDLE --num 5 --out OUT --guidance-interval 3", "guidance_interval 3 has no meaning"),
         ("--teacher BUNDLE --num 5 --out BUNDLE", "is not a folder"),
@@ -134,9 +135,9 @@ def test_show_refuses_what_it_cannot_show(tmp_path: Path, capsys: pytest.Capture
     folder, other = str(tmp_path / "pairs"), str(tiny_bundle(tmp_path / "other.safetensors", "var", seed=5))
     assert main(["pairs", "--teacher", bundle, "--num", "5", "--out", folder]) == 0
     capsys.readouterr()
-    assert "another tokenizer" in refused(capsys, "pairs", "show", folder, "--out", "x.png", "--source", other)
-    assert "must end in .png" in refused(capsys, "pairs", "show", folder, "--out", "x.txt", "--source", bundle)
-    assert "--source" in refused(capsys, "pairs", "show", folder, "--out", "x.png")
+    assert "another tokenizer" in refused(capsys, "pairs", "show", folder, "--out", "x.png", "--teacher", other)
+    assert "must end in .png" in refused(capsys, "pairs", "show", folder, "--out", "x.txt", "--teacher", bundle)
+    assert "--teacher" in refused(capsys, "pairs", "show", folder, "--out", "x.png")
     assert "holds no pairs" in refused(capsys, "pairs", "show", str(tmp_path), "--out", "x.png")
 
 

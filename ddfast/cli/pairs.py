@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ..errors import UserError
 from ..flow import DEFAULT_NFE, DEFAULT_SOLVER, SOLVERS, make_solver
-from ..models import TEACHERS, Teacher, load_teacher
+from ..models import TEACHERS, Sampling, Teacher, load_teacher
 from ..models.zoo import load_tokenizer
 from ..pairs import Manifest, PairDataset, Plan, default_batch, describe, execute, read_manifest, read_shard
 from ..pairs.engine import run_of
@@ -77,11 +77,11 @@ def add_parser(commands: Any) -> None:
     actions = parser.add_subparsers(title="on a folder of pairs", metavar="show | verify")
     show = actions.add_parser("show", help="decode pairs to a labelled grid of images")
     show.add_argument("folder", type=Path)
-    show.add_argument("--out", dest="picture", type=Path, required=True, help="the picture to write, e.g. grid.png")
+    show.add_argument("--out", type=Path, required=True, help="the picture to write, e.g. grid.png")
     show.add_argument("--count", type=int, default=60, metavar="N", help="pairs to show, the first ones (default: 60)")
     show.add_argument("--columns", type=int, default=10, metavar="N", help="images in a row (default: 10)")
-    show.add_argument("--source", metavar="NAME|PATH", help="where to find the tokenizer: the teacher's bundle")
-    show.add_argument("--vq", type=Path, metavar="FILE", help="the tokenizer's released checkpoint")
+    show.add_argument("--teacher", metavar="NAME|PATH", help="the teacher's bundle, if it is not in the zoo")
+    show.add_argument("--tokenizer", type=Path, metavar="FILE", help="its tokenizer, if not in a weight folder")
     show.set_defaults(func=show_pairs)
     verify = actions.add_parser("verify", help="check every shard: checksum, shape, range, manifest")
     verify.add_argument("folder", type=Path)
@@ -94,9 +94,20 @@ def make(args: argparse.Namespace) -> int:
             raise UserError(f"`ddfast pairs` needs --{option}; see `ddfast pairs --help` for examples")
     rank, world = torchrun()
     device = choose_device(args.device)
+    solver = make_solver(args.solver, args.nfe)
+    labels = None if args.labels is None else parse_labels(args.labels)
     dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if args.dtype == "auto" else DTYPES[args.dtype]
     teacher = load_teacher(args.teacher, args.weights, args.tokenizer, dtype, device)
-    manifest = wanted(args, teacher)
+    manifest = describe(
+        teacher,
+        chosen_sampling(args, teacher),
+        solver,
+        num=args.num,
+        seed=args.seed,
+        shard_size=args.shard_size,
+        labels=labels,
+        store_noise=args.store_noise,
+    )
     plan = Plan(args.out, manifest, range(rank, manifest.num_shards, world))
     console = Console(stderr=True, quiet=rank != 0)
     batch = choose_batch(args.batch, teacher, plan)
@@ -109,20 +120,11 @@ def make(args: argparse.Namespace) -> int:
     return 0
 
 
-def wanted(args: argparse.Namespace, teacher: Teacher) -> Manifest:
-    """The manifest that the options ask for."""
+def chosen_sampling(args: argparse.Namespace, teacher: Teacher) -> Sampling:
+    """The preset, with the values given on the command line in place of its own."""
     names = ("guidance", "guidance_interval", "top_k", "top_p", "temperature")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return describe(
-        teacher,
-        replace(teacher.preset(args.preset), **given),
-        make_solver(args.solver, args.nfe),
-        num=args.num,
-        seed=args.seed,
-        shard_size=args.shard_size,
-        labels=None if args.labels is None else parse_labels(args.labels),
-        store_noise=args.store_noise,
-    )
+    return replace(teacher.preset(args.preset), **given)
 
 
 def parse_labels(text: str) -> tuple[int, ...]:
@@ -152,6 +154,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu or auto")
     return device
@@ -209,15 +213,15 @@ def summary(folder: Path, manifest: Manifest, world: int) -> str:
 def show_pairs(args: argparse.Namespace) -> int:
     if args.count < 1 or args.columns < 1:
         raise UserError(f"--count {args.count} and --columns {args.columns} must be at least 1")
-    check_ending(args.picture)
+    check_ending(args.out)
     dataset = PairDataset(args.folder, partial=True)
-    source = args.source or dataset.manifest.teacher
-    if args.source is None and source not in TEACHERS:
-        raise UserError(f"the pairs are of {source}, which is not in the zoo; name its bundle with --source")
-    part = load_tokenizer(source, args.vq)
+    source = args.teacher or dataset.manifest.teacher
+    if args.teacher is None and source not in TEACHERS:
+        raise UserError(f"the pairs are of {source}, which is not in the zoo; name its bundle with --teacher")
+    part = load_tokenizer(source, args.tokenizer)
     if part.sha256 != dataset.manifest.weights["tokenizer"]:
         raise UserError(
-            f"the pairs in {args.folder} were made with another tokenizer; name theirs with --source or --vq"
+            f"the pairs in {args.folder} were made with another tokenizer; name theirs with --teacher or --tokenizer"
         )
     tokenizer: Any = part.build(torch.float32, "cpu")
     count = min(args.count, len(dataset))
@@ -227,8 +231,8 @@ def show_pairs(args: argparse.Namespace) -> int:
         with torch.inference_mode():
             images.append(tokenizer.decode(pairs.tokens))
         labels += [str(label) for label in pairs.labels.tolist()]
-    grid(torch.cat(images), labels, args.columns, args.picture)
-    print(f"{args.picture}: {count} pairs of {dataset.manifest.teacher}")
+    grid(torch.cat(images), labels, args.columns, args.out)
+    print(f"{args.out}: {count} pairs of {dataset.manifest.teacher}")
     return 0
 
 
