@@ -21,11 +21,11 @@ def golden_files(config: pytest.Config, pattern: str) -> list[Path]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``@pytest.mark.golden("var_teacher_*")`` runs a test that takes ``golden`` once per file of that kind."""
+    """``@pytest.mark.golden("var_teacher_*", …)`` runs a test that takes ``golden`` once per file of these kinds."""
     mark = metafunc.definition.get_closest_marker("golden")
     if mark is None:
         return
-    files = golden_files(metafunc.config, mark.args[0])
+    files = [path for pattern in mark.args for path in golden_files(metafunc.config, pattern)]
     params = files or [Path(mark.args[0])]  # an absent kind is one failing test, not a silent skip
     metafunc.parametrize("golden", params, ids=[p.stem for p in params], indirect=True)
 

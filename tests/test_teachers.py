@@ -180,7 +180,7 @@ def test_llamagen_guided_decoding(golden: Golden) -> None:
     golden.close(torch.cat(guided(teacher, labels, tokens, 1.0), dim=1), "out.ar.logits_nocfg")
 
 
-@pytest.mark.golden("*_teacher*")
+@pytest.mark.golden("var_teacher_*", "llamagen_teacher*")
 @torch.inference_mode()
 def test_cached_decoding_equals_teacher_forcing(golden: Golden) -> None:
     if golden.config["case"] == "var_teacher":
