@@ -17,9 +17,8 @@ from test_checkpoints import BY_FILE
 from tiny import random_weights, tiny_bundle
 
 from ddfast.cli import build_parser, main
-from ddfast.errors import UserError
 from ddfast.flow import make_solver
-from ddfast.models import TEACHERS, load_teacher
+from ddfast.models import TEACHERS
 from ddfast.models.checkpoints import expected_shapes, load_bundle
 from ddfast.models.llamagen import LlamaGenConfig, LlamaGenTransformer
 from ddfast.models.zoo import TOKENIZERS
@@ -230,8 +229,3 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         assert "ddfast pairs --teacher" in (text := capsys.readouterr().out) or "ddfast convert var_d16.pth" in text
     assert main([]) == 2
     assert build_parser().prog == "ddfast"
-
-
-def test_loading_says_which_option_is_wrong() -> None:
-    with pytest.raises(UserError, match="no preset"):
-        load_teacher("digits-var").preset("paper")

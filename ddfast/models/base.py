@@ -116,13 +116,22 @@ class Teacher(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def codebook(self) -> Tensor:
-        """[V, C] float32: the vectors that flow matching maps noise to."""
+    def _tokenizer(self) -> Tokenizer: ...
 
     @property
-    @abstractmethod
+    def codebook(self) -> Tensor:
+        """[V, C] float32: the vectors that flow matching maps noise to."""
+        return self._tokenizer.codebook.float()
+
+    @property
     def image_size(self) -> int:
         """Side of an image in pixels."""
+        return self._tokenizer.image_size
+
+    @torch.inference_mode()
+    def images(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L] to images float32 [B, 3, H, W] in [0, 1]."""
+        return self._tokenizer.decode(tokens).float()
 
     @abstractmethod
     def plain_sampling(self) -> Sampling:
@@ -146,10 +155,6 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def append(self, state: DecodeState, tokens: Tensor) -> None:
         """Fix the group just run: ``tokens`` int64 [B, n]."""
-
-    @abstractmethod
-    def images(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, L] to images float32 [B, 3, H, W] in [0, 1]."""
 
     @abstractmethod
     def cache_bytes(self, guided: bool) -> int:

@@ -215,14 +215,6 @@ class LlamaGenTeacher(Teacher):
     def _tokenizer(self) -> Tokenizer:
         return self.tokenizer  # type: ignore[return-value]
 
-    @property
-    def codebook(self) -> Tensor:
-        return self._tokenizer.codebook.float()
-
-    @property
-    def image_size(self) -> int:
-        return self._tokenizer.image_size
-
     def plain_sampling(self) -> Sampling:
         return Sampling(guidance=1.0, top_k=0, top_p=1.0)
 
@@ -257,7 +249,3 @@ class LlamaGenTeacher(Teacher):
         state.group += 1
         if state.group < len(self.groups):
             state.inputs = self.transformer.tok_embeddings(tokens).repeat(state.rows // state.batch, 1, 1)
-
-    @torch.inference_mode()
-    def images(self, tokens: Tensor) -> Tensor:
-        return self._tokenizer.decode(tokens).float()

@@ -273,14 +273,6 @@ class VARTeacher(Teacher):
     def _tokenizer(self) -> MultiScaleTokenizer:
         return self.tokenizer  # type: ignore[return-value]
 
-    @property
-    def codebook(self) -> Tensor:
-        return self._tokenizer.codebook.float()
-
-    @property
-    def image_size(self) -> int:
-        return self._tokenizer.image_size
-
     def plain_sampling(self) -> Sampling:
         return Sampling(guidance=0.0, top_k=0, top_p=0.0)
 
@@ -329,7 +321,3 @@ class VARTeacher(Teacher):
         if following is not None:
             inputs = self.transformer.word_embed(following.flatten(2).transpose(1, 2).to(self.dtype))
             state.inputs = inputs.repeat(state.rows // state.batch, 1, 1)
-
-    @torch.inference_mode()
-    def images(self, tokens: Tensor) -> Tensor:
-        return self._tokenizer.decode(tokens).float()
