@@ -1,6 +1,9 @@
 #include <algorithm>
+#include <cstring>
+#include <memory>
 #include <stdexcept>
 
+#include "fast.h"
 #include "kernels.h"
 
 namespace ddfast::cpu {
@@ -9,6 +12,7 @@ namespace {
 struct Level {
     const char* name;
     const Kernels* kernels;
+    const FastKernels* fast;
 };
 
 std::vector<Level> supported_levels() {
@@ -19,10 +23,10 @@ std::vector<Level> supported_levels() {
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    if (v4) found.push_back({"x86-64-v4", &v4_kernels});
-    if (v3) found.push_back({"x86-64-v3", &v3_kernels});
+    if (v4) found.push_back({"x86-64-v4", &v4_kernels, &v4_fast_kernels});
+    if (v3) found.push_back({"x86-64-v3", &v3_kernels, &v3_fast_kernels});
 #endif
-    found.push_back({"baseline", &baseline_kernels});
+    found.push_back({"baseline", &baseline_kernels, &baseline_fast_kernels});
     return found;
 }
 
@@ -34,6 +38,58 @@ const std::vector<Level>& supported() {
 Level& current() {
     static Level chosen = supported().front();
     return chosen;
+}
+
+// Floats at addresses that are whole cache lines.
+class Floats {
+   public:
+    explicit Floats(int64_t count) : memory_(new (std::align_val_t{64}) float[count]) {}
+    float* get() const { return memory_.get(); }
+
+   private:
+    struct Free {
+        void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
+    };
+    std::unique_ptr<float[], Free> memory_;
+};
+
+// One thread's Scratch for rows of `vocab` entries; without channels, what the filter alone needs.
+class ScratchMemory {
+   public:
+    ScratchMemory(int64_t vocab, int64_t channels)
+        : floats_(9 * wide(vocab) + channels * column_stride(vocab) + 28 * padded(channels) + 4 * kRowPad) {
+        float* next = floats_.get();
+        const auto take = [&](int64_t count) { return (next += count) - count; };
+        const int64_t row = wide(vocab);
+        scratch.logits = take(row);
+        scratch.log_p = take(row);
+        scratch.log_w = take(row);
+        scratch.half = take(row);
+        scratch.mass = reinterpret_cast<double*>(take(2 * row));
+        scratch.index = reinterpret_cast<int32_t*>(take(row));
+        scratch.order = reinterpret_cast<int32_t*>(take(row));
+        scratch.few = take(4 * kRowPad);
+        scratch.columns = take(channels * column_stride(vocab));
+        scratch.narrow = take(28 * padded(channels));
+        scratch.guess = 4.0f;
+    }
+    Scratch scratch;
+
+   private:
+    static int64_t wide(int64_t vocab) { return padded(vocab) + kRowPad; }
+    Floats floats_;
+};
+
+// Calls body(row, scratch) for every row, a few rows at a time on each thread.
+template <class Body>
+void for_rows(int64_t rows, int64_t vocab, int64_t channels, const Body& body) {
+    constexpr int64_t kRowsPerTask = 4;
+#pragma omp parallel if (rows > kRowsPerTask)
+    {
+        ScratchMemory memory(vocab, channels);
+#pragma omp for schedule(dynamic, kRowsPerTask)
+        for (int64_t row = 0; row < rows; ++row) body(row, memory.scratch);
+    }
 }
 
 }  // namespace
@@ -65,6 +121,54 @@ void normal_noise(const NoiseJob& job) {
     for (int64_t task = 0; task < tasks; ++task) {
         const int64_t first = task * kQuadsPerTask;
         normal_quads(job, first, std::min(first + kQuadsPerTask, quads));
+    }
+}
+
+void filter_logits(const FilterJob& job) {
+    const auto filter_row = current().fast->filter_row;
+    for_rows(job.rows, job.vocab, 0, [&](int64_t row, Scratch& scratch) { filter_row(job, row, scratch); });
+}
+
+void flow(const FlowJob& given) {
+    const int64_t vocab = given.vocab, channels = given.channels, stride = column_stride(vocab);
+    const bool in_place = keeps_all(given.filter);
+    const Floats half(padded(vocab)), columns(in_place ? channels * stride : 0);
+    std::fill_n(half.get(), padded(vocab), 0.0f);
+    for (int64_t v = 0; v < vocab; ++v) {
+        const float* code = given.codebook + v * channels;
+        float square = 0.0f;
+        for (int64_t c = 0; c < channels; ++c) square += code[c] * code[c];
+        half.get()[v] = 0.5f * square;
+    }
+    if (in_place) {
+        for (int64_t c = 0; c < channels; ++c) {
+            float* column = columns.get() + c * stride;
+            for (int64_t v = 0; v < vocab; ++v) column[v] = given.codebook[v * channels + c];
+            std::fill(column + vocab, column + stride, 0.0f);
+        }
+    }
+    FlowJob job = given;
+    job.half = half.get();
+    job.columns = columns.get();
+    const auto flow_row = current().fast->flow_row;
+    for_rows(job.rows, vocab, channels, [&](int64_t row, Scratch& scratch) { flow_row(job, row, scratch); });
+}
+
+void nearest_code(const NearestJob& given) {
+    const FastKernels& kernels = *current().fast;
+    const int64_t panels = num_panels(given), blocks = (given.rows + kRowBlock - 1) / kRowBlock;
+    const Floats memory(panels * panel_floats(given));
+    NearestJob job = given;
+    job.panels = memory.get();
+#pragma omp parallel if (blocks > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels; ++panel) kernels.pack_panels(job, panel, panel + 1);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t first = block * kRowBlock;
+            kernels.nearest_rows(job, first, std::min(first + kRowBlock, job.rows));
+        }
     }
 }
 
