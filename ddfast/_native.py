@@ -11,6 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .flow.filters import RULES, LogitFilter
+from .flow.multistep import AdamsSolver, adams_tables
+
 try:
     import ddfast._C as _C
 except ModuleNotFoundError as error:
@@ -19,6 +22,8 @@ except ModuleNotFoundError as error:
     _AVAILABLE = False
 else:
     _AVAILABLE = True
+
+_LOGIT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def available() -> bool:
@@ -38,7 +43,10 @@ def cpu_levels() -> list[str]:
 
 @contextmanager
 def cpu_level(name: str) -> Iterator[None]:
-    """Run the CPU loops with one of ``cpu_levels()``, for tests and benches. All give the same bits."""
+    """Run the CPU loops with one of ``cpu_levels()``, for tests and benches.
+
+    ``normal_noise`` gives the same bits with each; sums of the others round differently.
+    """
     before = _C.cpu_level()
     _C.set_cpu_level(name)
     try:
@@ -60,3 +68,66 @@ def normal_noise(seed: int, pairs: Tensor, start: int, stop: int, channels: int,
             _C.normal_noise_cuda(seed, pairs.data_ptr(), pairs.numel(), *size, stream)
     else:
         _C.normal_noise_cpu(seed, pairs.data_ptr(), pairs.numel(), *size)
+
+
+def flow_adams(
+    cond: Tensor,
+    uncond: Tensor | None,
+    noise: Tensor,
+    codebook: Tensor,
+    guidance: float,
+    filter: LogitFilter,  # noqa: A002 - the field's word
+    solver: AdamsSolver,
+    tokens: Tensor,
+    x: Tensor,
+    evaluations: Tensor,
+) -> None:
+    """Write what ``ddfast.ops.flow`` returns to ``tokens`` int64 [N], ``x`` float32 [N, C], ``evaluations`` int32 [N].
+
+    All are contiguous and on the CPU: ``cond`` and ``uncond`` [N, V] of one of float32, bfloat16 and float16, ``noise``
+    [N, C] and ``codebook`` [V, C] float32.
+    """
+    (rows, vocab), channels = cond.shape, noise.shape[1]
+    _C.flow_cpu(
+        cond.data_ptr(),
+        0 if uncond is None else uncond.data_ptr(),
+        _LOGIT_TYPES[cond.dtype],
+        noise.data_ptr(),
+        codebook.data_ptr(),
+        rows,
+        vocab,
+        channels,
+        guidance,
+        *_filter_numbers(filter),
+        solver.knots,
+        *adams_tables(solver),
+        solver.offset,
+        solver.shrink,
+        solver.certain,
+        solver.pair,
+        solver.prune,
+        tokens.data_ptr(),
+        x.data_ptr(),
+        evaluations.data_ptr(),
+    )
+
+
+def filter_rows(logits: Tensor, filter: LogitFilter, out: Tensor) -> None:  # noqa: A002 - the field's word
+    """Write ``ddfast.ops.filter_logits(logits, filter)`` to ``out``: both float32 [N, V], contiguous, on the CPU."""
+    rows, vocab = logits.shape
+    _C.filter_cpu(logits.data_ptr(), rows, vocab, *_filter_numbers(filter), out.data_ptr())
+
+
+def nearest_code(x: Tensor, codebook: Tensor, out: Tensor) -> None:
+    """Write ``ddfast.ops.nearest_code(x, codebook)`` to ``out`` int64 [...].
+
+    ``x`` [..., C] and ``codebook`` [V, C] are float32; all are contiguous and on the CPU.
+    """
+    vocab, channels = codebook.shape
+    _C.nearest_cpu(x.data_ptr(), out.numel(), codebook.data_ptr(), vocab, channels, out.data_ptr())
+
+
+def _filter_numbers(filter: LogitFilter) -> tuple[float, int, float, int]:  # noqa: A002 - the field's word
+    """What logits are divided by, top_k (0: off), top_p (below 0: off) and the number of the rule."""
+    top_p = filter.top_p if filter.top_p is not None and filter.cuts_mass else -1.0
+    return filter.divisor, filter.top_k, top_p, RULES.index(filter.rule)

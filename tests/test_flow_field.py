@@ -50,6 +50,15 @@ def test_rows_select_tokens() -> None:
     torch.testing.assert_close(flow.posterior(z, 0.0)[1], flow.log_p.exp())  # log p was not overwritten
 
 
+def test_without_some_entries() -> None:
+    g = torch.Generator().manual_seed(1)
+    flow = CodebookFlow(torch.randn(7, 20, generator=g), torch.randn(20, 4, generator=g))
+    gone = torch.rand(7, 20, generator=g) < 0.5
+    weights = flow.without(gone).posterior(torch.zeros(7, 4), 0.0)[1]
+    torch.testing.assert_close(weights, flow.log_p.masked_fill(gone, -torch.inf).softmax(1))
+    assert bool(flow.log_p.isfinite().all())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_moments_against_the_definition(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(2)

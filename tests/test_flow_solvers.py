@@ -25,9 +25,10 @@ from ddfast.flow import (
     solver_from_dict,
 )
 from ddfast.flow.dpm import DPMSolver
-from ddfast.flow.multistep import AdamsSolver, _integral_weights
+from ddfast.flow.multistep import AdamsSolver, _integral_weights, adams_tables
 from ddfast.flow.reference import ExactSolver
 from ddfast.flow.schedules import adams_knots, time_knots
+from ddfast.flow.solver import ActiveRows
 
 REFERENCE = ExactSolver(rtol=1e-5, certain=1e-5)  # against rtol 1e-7, not one token in 3,000 differs
 
@@ -39,11 +40,11 @@ REFERENCE = ExactSolver(rtol=1e-5, certain=1e-5)  # against rtol 1e-7, not one t
         ("var-0.5", 2, 0.99),
         ("var-1.0", 3, 0.99),
         ("var-geo", 4, 0.99),
-        ("llama-iid", 5, 0.98),
-        ("llama-geo", 6, 0.98),
-        ("llama-k2000", 7, 0.98),
+        ("llama-iid", 5, 0.99),
+        ("llama-geo", 6, 0.99),
+        ("llama-k2000", 7, 0.99),
         ("var-sharp", 8, 0.99),
-        ("llama-sharp", 9, 0.98),
+        ("llama-sharp", 9, 0.99),
     ],
 )
 def test_default_solver_agrees_with_the_exact_flow(name: str, seed: int, bar: float) -> None:
@@ -52,7 +53,7 @@ def test_default_solver_agrees_with_the_exact_flow(name: str, seed: int, bar: fl
     want = REFERENCE.solve(flow, problem.noise).tokens
     got = make_solver().solve(flow, problem.noise)
     assert (got.tokens == want).double().mean() >= bar
-    assert got.nfe < DEFAULT_NFE
+    assert got.nfe < 10
 
 
 def test_more_evaluations_agree_more_often() -> None:
@@ -81,9 +82,31 @@ def test_stopping_early_changes_nothing_that_matters() -> None:
     (problem,) = draw(FAMILIES["small"], 20_000, 3, chunk=20_000)
     flow, solver = CodebookFlow(problem.log_p, problem.codebook), make_solver()
     assert isinstance(solver, AdamsSolver)
-    early, late = (s.solve(flow, problem.noise) for s in (solver, replace(solver, certain=0.0)))
-    assert (early.tokens != late.tokens).double().mean() <= 2e-4
-    assert late.nfe == DEFAULT_NFE and early.nfe < 0.9 * late.nfe
+    early, late = (s.solve(flow, problem.noise) for s in (solver, replace(solver, certain=0.0, pair=0.0, prune=0.0)))
+    assert (early.tokens != late.tokens).double().mean() <= 1e-3
+    assert late.nfe > 0.99 * len(solver.knots) and early.nfe < 0.6 * late.nfe
+
+
+@pytest.mark.parametrize("name", ["certain", "pair", "prune"])
+def test_each_shortcut_saves_and_costs_next_to_nothing(name: str) -> None:
+    (problem,) = draw(FAMILIES["small"], 20_000, 3, chunk=20_000)
+    flow, solver = CodebookFlow(problem.log_p, problem.codebook), make_solver()
+    without = replace(solver, certain=0.0, pair=0.0, prune=0.0)
+    short, full = (s.solve(flow, problem.noise) for s in (replace(without, **{name: getattr(solver, name)}), without))
+    assert (short.tokens != full.tokens).double().mean() <= 1e-3
+    assert name == "prune" or short.nfe < 0.8 * full.nfe
+
+
+def test_pruned_entries_are_those_that_hardly_weigh() -> None:
+    """What is let go at once weighs at most ``share`` of the best, and the next one to go would break that."""
+    (problem,) = draw(FAMILIES["small"], 200, 8, chunk=200)
+    flow = CodebookFlow(problem.log_p, problem.codebook)
+    active = ActiveRows(flow, problem.noise)
+    active.prune(flow.log_p.exp(), 0.2)
+    p, kept = flow.log_p.exp(), active._flow.log_p > -torch.inf
+    lost = (p * ~kept).sum(1)
+    assert bool((lost <= 0.2 * p.amax(1)).all()) and bool((lost > 0).any())
+    assert bool((p.masked_fill(~kept, torch.inf).amin(1) * flow.codebook.shape[0] >= 0.2 * p.amax(1)).all())
 
 
 def _problem(vocab: int, channels: int, keep: LogitFilter, seed: int) -> tuple[Tensor, Tensor]:
@@ -131,6 +154,17 @@ def test_peaked_distributions_draw_from_their_tail() -> None:
     assert (want != got).sum() <= 0.03 * (want != 5).sum()
 
 
+def test_adams_tables_reach_back_no_further_than_there_is_history() -> None:
+    solver = AdamsSolver((0.2, 0.5, 0.9), predictor=2, corrector=3)
+    predict, correct = (torch.tensor(table) for table in adams_tables(solver))
+    assert predict.shape == correct.shape == (3, 3)
+    assert (predict != 0).tolist() == [[True, False, False], [True, True, False], [True, True, False]]
+    assert (correct != 0).tolist() == [[True, True, False], [True, True, True], [True, True, True]]
+    steps = torch.tensor([0.0, *solver.knots]).add(solver.offset).log().diff()
+    torch.testing.assert_close(predict.sum(1), steps)  # a constant slope is integrated exactly
+    torch.testing.assert_close(correct.sum(1), steps)
+
+
 def test_adams_weights_integrate_polynomials() -> None:
     nodes = [0.4, 0.1, -0.3, -0.9]
     weights = _integral_weights(nodes, 0.1, 0.7)
@@ -159,14 +193,24 @@ def test_settings_survive_json(name: str) -> None:
 
 
 def test_defaults_exist() -> None:
-    assert make_solver() == make_solver(DEFAULT_SOLVER, DEFAULT_NFE)
+    assert make_solver() == make_solver(DEFAULT_SOLVER, DEFAULT_NFE[DEFAULT_SOLVER])
     assert make_solver("adams", 9) != make_solver("adams", 10)
+    assert set(DEFAULT_NFE) == set(SOLVERS) - {"exact"}
+
+
+def test_precise_setting_agrees_on_every_problem_here() -> None:
+    for name, seed in (("var-geo", 11), ("llama-k2000", 12), ("small", 13)):
+        (problem,) = draw(FAMILIES[name], 200, seed, chunk=200)
+        flow = CodebookFlow(problem.log_p, problem.codebook)
+        got = make_solver("precise").solve(flow, problem.noise)
+        assert int((got.tokens != REFERENCE.solve(flow, problem.noise).tokens).sum()) == 0
+        assert got.nfe < 25
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make_solver("ddim", 10), "solver 'ddim' does not exist: use one of adams, dpmpp-3m"),
+        (lambda: make_solver("ddim", 10), "solver 'ddim' does not exist: use one of adams, precise, dpmpp-3m"),
         (lambda: make_solver("adams", 1), "'adams' takes a whole number of evaluations from 2 to 64, not 1"),
         (lambda: make_solver("dpmpp-3m", 2), "'dpmpp-3m' takes .* from 3"),
         (lambda: make_solver("euler", True), "not True"),
@@ -183,6 +227,8 @@ def test_defaults_exist() -> None:
         (lambda: AdamsSolver((0.5, 0.4)), "ascending"),
         (lambda: AdamsSolver((0.5,), offset=0.0), "offset must be above 0"),
         (lambda: AdamsSolver((0.5,), predictor=7), "1-6"),
+        (lambda: AdamsSolver((0.5,), pair=0.5), r"pair must lie in \[0, 0.5\), not 0.5"),
+        (lambda: AdamsSolver((0.5,), prune=-1.0), r"prune must lie in \[0, 0.5\), not -1.0"),
         (lambda: ExactSolver(rtol=0.0), r"rtol must lie in \[1e-12, 1e-2\], not 0.0"),
         (lambda: ExactSolver(r_max=0.5), "r_max"),
         (lambda: solver_from_dict({"kind": "adams"}), "no solver is described"),

@@ -67,8 +67,11 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--top-k", type=int, metavar="K", help="0 is off")
     how.add_argument("--top-p", type=float, metavar="P", help="off is 0 for VAR and 1 for LlamaGen, as in their code")
     how.add_argument("--temperature", type=float, metavar="T")
+    defaults = ", ".join(f"{name} {nfe}" for name, nfe in DEFAULT_NFE.items())
     how.add_argument("--solver", choices=list(SOLVERS), default=DEFAULT_SOLVER, help=f"of the flow ({DEFAULT_SOLVER})")
-    how.add_argument("--nfe", type=int, metavar="N", help=f"its evaluations of the field a token ({DEFAULT_NFE})")
+    how.add_argument(
+        "--nfe", type=int, metavar="N", help=f"its most evaluations of the field a token (default: {defaults})"
+    )
     run = parser.add_argument_group("how it runs (decides only rounding; recorded with each shard)")
     run.add_argument("--batch", type=int, metavar="B", help="pairs decoded together (default: by the KV cache's size)")
     run.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, else float32")

@@ -13,6 +13,7 @@ from ddfast.digits.loop import Ema, Progress, Schedule, fit, seeded
 from ddfast.digits.metrics import psnr
 from ddfast.models.digits import DigitsTokenizer, DigitsTokenizerConfig
 from ddfast.models.quantizer import MultiScaleQuantizer
+from ddfast.ops import nearest_code
 
 FREE_SHARE = 1 / 14  # of the steps, at the start, run without quantization
 REVIVE_EVERY = 20  # steps between two looks for unused codes
@@ -61,7 +62,7 @@ def quantize_with_loss(
     for scale, pn in enumerate(quantizer.patch_nums):
         rest = target - f_hat.detach()
         z = F.interpolate(rest, size=(pn, pn), mode="area").flatten(2).transpose(1, 2)
-        tokens_Bn = quantizer.nearest(z)
+        tokens_Bn = nearest_code(z, quantizer.codebook)
         f_hat, _ = quantizer.embed_step(scale, tokens_Bn, f_hat)
         loss = loss + F.mse_loss(f_hat, target) + commitment * F.mse_loss(f, f_hat.detach())
         seen = torch.where((kept_B > scale).view(-1, 1, 1, 1), f_hat, seen)

@@ -1,4 +1,4 @@
-"""The flow from noise to token (Eq. 3-4): the field, its solvers, the logit filters and the fused entry."""
+"""The flow from noise to token (Eq. 3-4): the field, its solvers, and the logit filters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from ddfast.flow.field import CodebookFlow
 from ddfast.flow.filters import LogitFilter, filter_logits
 from ddfast.flow.registry import DEFAULT_NFE, DEFAULT_SOLVER, SOLVERS, make_solver, solver_from_dict
 from ddfast.flow.solver import FlowResult, Solver
-from ddfast.flow.tokens import flow_tokens
 
 __all__ = [
     "DEFAULT_NFE",
@@ -17,7 +16,6 @@ __all__ = [
     "LogitFilter",
     "Solver",
     "filter_logits",
-    "flow_tokens",
     "make_solver",
     "solver_from_dict",
 ]

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ddfast.errors import UserError
@@ -69,7 +70,8 @@ class DPMSolver(Solver):
         """See ``Solver.solve``."""
         *_, x = self.states(flow, noise)
         free_start = self.t_start == 0.0
-        return FlowResult(flow.nearest(x), x, float(self.nfe - free_start))
+        evaluations = torch.full((len(x),), self.nfe - free_start, dtype=torch.int32, device=x.device)
+        return FlowResult(flow.nearest(x), x, evaluations)
 
     def states(self, flow: CodebookFlow, noise: Tensor) -> Iterator[Tensor]:
         """x [N, C] at each knot, the noise itself first; with ``denoise`` one more, the last D."""

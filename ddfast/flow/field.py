@@ -62,23 +62,23 @@ class CodebookFlow:
             )
         half_square = 0.5 * codebook.square().sum(dim=1, keepdim=True)
         self.codebook = codebook
-        self._log_p_all = log_p.log_softmax(dim=1)
-        self._rows: Tensor | None = None  # which rows of _log_p_all are ours; None: all
+        self.log_p = log_p.log_softmax(dim=1)
         self._features_t = torch.cat([codebook, -half_square], dim=1).t()  # [C + 1, V]
 
     def __len__(self) -> int:
-        return len(self._log_p_all if self._rows is None else self._rows)
-
-    @property
-    def log_p(self) -> Tensor:
-        """Normalised log-probabilities [N, V]."""
-        return self._log_p_all if self._rows is None else self._log_p_all[self._rows]
+        return len(self.log_p)
 
     def rows(self, index: Tensor) -> CodebookFlow:
-        """The flow of the tokens at ``index`` (int64 [M]) alone. Shares memory with this one: nothing is copied."""
+        """The flow of the tokens at ``index`` (int64 [M]) alone."""
         part = copy(self)
-        part._rows = index if self._rows is None else self._rows[index]
+        part.log_p = self.log_p[index]
         return part
+
+    def without(self, gone: Tensor) -> CodebookFlow:
+        """The flow without the entries of the mask ``gone`` [N, V]. log_p keeps its constant."""
+        rest = copy(self)
+        rest.log_p = self.log_p.masked_fill(gone, -torch.inf)
+        return rest
 
     def double(self) -> CodebookFlow:
         """The same flow in float64."""
@@ -93,11 +93,7 @@ class CodebookFlow:
         """
         r = torch.as_tensor(r, dtype=z.dtype, device=z.device).expand(z.shape[0])[:, None]
         features = torch.cat([r * z, r * r], dim=1)
-        if self._rows is None:
-            log_w = torch.addmm(self._log_p_all, features, self._features_t)
-        else:
-            log_w = self._log_p_all[self._rows].addmm_(features, self._features_t)
-        weights = log_w.softmax(dim=1)
+        weights = torch.addmm(self.log_p, features, self._features_t).softmax(dim=1)
         return weights @ self.codebook, weights
 
     def nearest(self, x: Tensor) -> Tensor:
@@ -119,7 +115,7 @@ class CodebookFlow:
         if self.codebook.shape[0] == 1:
             return torch.zeros_like(weights, dtype=torch.int64)[:, 0]
         pair = weights.topk(2, dim=1).indices  # [N, 2]
-        prior = self._log_p_at(pair).double()
+        prior = self.log_p.gather(1, pair).double()
         i, j = self.codebook[pair].double().unbind(dim=1)
         gap = (i - j).norm(dim=1)
         along = (i - j) / gap.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
@@ -127,12 +123,6 @@ class CodebookFlow:
         half = r.double() * gap / 2
         scores = prior + torch.special.log_ndtr(torch.stack([q - half, -q - half], dim=1))
         return pair.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0]
-
-    def _log_p_at(self, columns: Tensor) -> Tensor:
-        """log_p gathered at columns [N, k]."""
-        if self._rows is None:
-            return self._log_p_all.gather(1, columns)
-        return self._log_p_all[self._rows[:, None], columns]
 
     def moments(self) -> Moments:
         """Mean [N, C], per-channel std s [N], entropy H in nats [N] and natural scale R* [N] of the codes under p, and
@@ -144,10 +134,9 @@ class CodebookFlow:
         The variance is taken about the most probable code, so that it keeps its digits when one token has almost all
         of the mass.
         """
-        log_p = self.log_p
-        p = log_p.softmax(dim=1)  # exp(log_p); softmax is the faster of the two where many entries are -inf
-        entropy = -(p * log_p.clamp_min(torch.finfo(p.dtype).min)).sum(dim=1)  # the clamp makes 0 log 0 = 0
-        top = log_p.argmax(dim=1)
+        p = self.log_p.softmax(dim=1)  # exp(log_p); softmax is the faster of the two where many entries are -inf
+        entropy = -(p * self.log_p.clamp_min(torch.finfo(p.dtype).min)).sum(dim=1)  # the clamp makes 0 log 0 = 0
+        top = self.log_p.argmax(dim=1)
         centre = self.codebook[top]
         p.scatter_(1, top[:, None], 0.0)
         sums = p @ torch.cat([self._features_t.t(), torch.ones_like(self.codebook[:, :1])], dim=1)  # [N, C + 2]

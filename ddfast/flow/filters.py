@@ -48,6 +48,16 @@ class LogitFilter:
         if self.top_p is not None and (not _is_number(self.top_p) or not 0 <= self.top_p <= 1):
             raise UserError(f"top_p must lie in [0, 1], not {self.top_p!r} (None is off)")
 
+    @property
+    def divisor(self) -> float:
+        """What logits are divided by."""
+        return self.temperature if self.rule == "var" else max(self.temperature, _MIN_LLAMAGEN_TEMPERATURE)
+
+    @property
+    def cuts_mass(self) -> bool:
+        """Whether top_p is on."""
+        return self.top_p is not None and self.top_p != (0 if self.rule == "var" else 1)
+
     def to_dict(self) -> dict[str, float | int | str | None]:
         """The fields as JSON-able values; ``LogitFilter(**d)`` restores the filter."""
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "rule": self.rule}
@@ -56,8 +66,8 @@ class LogitFilter:
 def filter_logits(logits: Tensor, f: LogitFilter) -> Tensor:
     """Divide logits [..., V] by the temperature and set those outside the kept set to -inf.
 
-    Arithmetic is that of the input's dtype (float32 or float64) and follows the public code step by step, since the
-    top-p cut depends on how the cumulative sum rounds. Where equal logits straddle the top-p cut the public result
+    The quotient has the input's dtype (float32 or float64); probabilities are summed in float64, so that every backend
+    cuts at the same entry whatever its order of summation. Where equal logits straddle the top-p cut the public result
     depends on the sort's order; here the lower index is kept first. The input is not modified.
 
     Returns a new tensor [..., V]. Raises UserError for another dtype, or for a "var" top_k larger than V.
@@ -65,19 +75,19 @@ def filter_logits(logits: Tensor, f: LogitFilter) -> Tensor:
     if logits.dtype not in (torch.float32, torch.float64):
         raise UserError(f"filter_logits takes float32 or float64 logits, not {logits.dtype}: convert with .float()")
     vocab = logits.shape[-1]
-    if f.rule == "var":
-        if f.top_k > vocab:
-            raise UserError(
-                f"top_k={f.top_k} is larger than the vocabulary of {vocab}: use top_k <= {vocab}, or 0 for off"
-            )
-        out = logits / f.temperature
-    else:
-        out = logits / max(f.temperature, _MIN_LLAMAGEN_TEMPERATURE)
+    check_filter(f, vocab)
+    out = logits / f.divisor
     if f.top_k:
         _top_k_(out, min(f.top_k, vocab))
-    if f.top_p is not None and f.top_p != (0 if f.rule == "var" else 1):
+    if f.top_p is not None and f.cuts_mass:
         (_top_p_var_ if f.rule == "var" else _top_p_llamagen_)(out, f.top_p)
     return out
+
+
+def check_filter(f: LogitFilter, vocab: int) -> None:
+    """Refuse a filter that asks for more tokens than there are, under the rule that does."""
+    if f.rule == "var" and f.top_k > vocab:
+        raise UserError(f"top_k={f.top_k} is larger than the vocabulary of {vocab}: use top_k <= {vocab}, or 0 for off")
 
 
 def _top_k_(logits: Tensor, k: int) -> None:
@@ -90,7 +100,7 @@ def _top_p_var_(logits: Tensor, top_p: float) -> None:
     """Mask the least probable tokens of logits [..., V] while their total is <= 1 - top_p, in place."""
     values, order = logits.sort(dim=-1, descending=True, stable=True)  # ties: lower index first
     values, order = values.flip(-1), order.flip(-1)
-    remove = values.softmax(dim=-1).cumsum_(dim=-1) <= (1 - top_p)
+    remove = values.softmax(dim=-1, dtype=torch.float64).cumsum_(dim=-1) <= 1 - top_p
     remove[..., -1] = False
     logits.masked_fill_(torch.empty_like(remove).scatter_(-1, order, remove), -torch.inf)
 
@@ -98,7 +108,7 @@ def _top_p_var_(logits: Tensor, top_p: float) -> None:
 def _top_p_llamagen_(logits: Tensor, top_p: float) -> None:
     """Mask what follows the token at which the descending cumulative sum of logits [..., V] exceeds top_p, in place."""
     values, order = logits.sort(dim=-1, descending=True, stable=True)
-    over = values.softmax(dim=-1).cumsum_(dim=-1) > top_p
+    over = values.softmax(dim=-1, dtype=torch.float64).cumsum_(dim=-1) > top_p
     remove = torch.zeros_like(over)
     remove[..., 1:] = over[..., :-1]
     logits.masked_fill_(torch.empty_like(remove).scatter_(-1, order, remove), -torch.inf)

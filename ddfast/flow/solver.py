@@ -19,13 +19,18 @@ class FlowResult:
 
     tokens: int64 [N].
     x: [N, C], the state where the solver stopped following each token (x = z / (1 + r)).
-    nfe: evaluations of the field at r > 0, averaged over tokens. At r = 0 the field is the mean of p, which needs no
-        weights; solvers that start at t > 0 never get it for free and their first evaluation counts.
+    evaluations: int32 [N], of the field at r > 0. At r = 0 the field is the mean of p, which needs no weights; solvers
+        that start at t > 0 never get it for free and their first evaluation counts.
     """
 
     tokens: Tensor
     x: Tensor
-    nfe: float
+    evaluations: Tensor
+
+    @property
+    def nfe(self) -> float:
+        """Evaluations of the field a token, on average (NaN for no tokens)."""
+        return float(self.evaluations.double().mean())
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,26 @@ class ActiveRows:
         self._index = torch.arange(len(flow), device=noise.device)
         self._tokens = torch.zeros_like(self._index)
         self._x = torch.zeros_like(noise)
-        self._evaluations = 0
+        self._evaluations = torch.zeros_like(self._index, dtype=torch.int32)
 
     def __len__(self) -> int:
         return len(self._index)
 
     def evaluate(self, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """``CodebookFlow.posterior`` of the rows that are left, counted."""
-        self._evaluations += len(self)
+        self._evaluations[self._index] += 1
         return self._flow.posterior(z, r)
+
+    def prune(self, weights: Tensor, share: float) -> Tensor:
+        """Let go of the entries that together weigh less than ``share`` times the best one. weights: [n, V].
+
+        Returns how many entries each row has left: int64 [n].
+        """
+        count = (self._flow.log_p > -torch.inf).sum(dim=1)
+        if share > 0:
+            self._flow = self._flow.without(weights < (weights.amax(dim=1) * (share / count))[:, None])
+            count = (self._flow.log_p > -torch.inf).sum(dim=1)
+        return count
 
     def retire(self, done: Tensor, weights: Tensor, z: Tensor, r: Tensor) -> Tensor | None:
         """Where the mask ``done`` [n] is set, settle the token and go on without those rows.
@@ -100,5 +116,5 @@ class ActiveRows:
         return left
 
     def result(self) -> FlowResult:
-        """Tokens and end points in the order of the flow, and the average number of evaluations."""
-        return FlowResult(self._tokens, self._x, self._evaluations / max(1, len(self._tokens)))
+        """Tokens, end points and evaluations in the order of the flow."""
+        return FlowResult(self._tokens, self._x, self._evaluations)

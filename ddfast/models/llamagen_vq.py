@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import nearest_code
 from .autoencoder import LLAMAGEN_LAYOUT, Decoder, Encoder
 
 
@@ -66,7 +67,7 @@ class LlamaGenTokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] to tokens int64 [B, L]."""
         z = F.normalize(self.latents(images).flatten(2).transpose(1, 2), dim=-1)
-        return (z @ self.codebook.T).argmax(-1)
+        return nearest_code(z, self.codebook)
 
     def decode_raw(self, x_BLC: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Embeddings [B, L, C] in raster order over ``grid`` (h, w) to an image [B, 3, H, W], nominally in [-1, 1]."""

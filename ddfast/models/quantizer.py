@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import nearest_code
+
 
 def phi_index(scale: int, num_scales: int, share: int) -> int:
     """Which of ``share`` residual convolutions serves ``scale``: its tick is nearest to scale / (num_scales - 1).
@@ -125,18 +127,13 @@ class MultiScaleQuantizer(nn.Module):
             maps.append(following.flatten(2).transpose(1, 2))
         return torch.cat(maps, dim=1)
 
-    def nearest(self, z: Tensor) -> Tensor:
-        """Index of the nearest codebook entry for vectors [..., C]."""
-        scores = z @ self.codebook.T - 0.5 * self.codebook.square().sum(1)
-        return scores.argmax(-1)
-
     def encode(self, f_BChw: Tensor) -> list[Tensor]:
         """Code a latent map greedily, coarse to fine: a list of tokens [B, n], one per scale."""
         f_rest = f_BChw
         tokens = []
         for scale, pn in enumerate(self.patch_nums):
             z = f_rest if scale == len(self.patch_nums) - 1 else F.interpolate(f_rest, size=(pn, pn), mode="area")
-            tokens_Bn = self.nearest(z.flatten(2).transpose(1, 2))
+            tokens_Bn = nearest_code(z.flatten(2).transpose(1, 2), self.codebook)
             f_rest = f_rest - self.residual(scale, self.embedding(tokens_Bn))
             tokens.append(tokens_Bn)
         return tokens
