@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +127,26 @@ def test_batches_and_order_change_only_rounding(teacher: Teacher) -> None:
     assert (torch.cat(parts) == whole).float().mean() > 0.995
     back = decode(teacher, labels.flip(0), noise.flip(0), teacher.plain_sampling(), make_solver()).flip(0)
     assert (back == whole).float().mean() > 0.995
+
+
+def test_overflowing_logits_are_an_error_naming_image_and_position(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checked once a batch, though the tokens after the first bad one cannot be right."""
+    labels, noise = torch.arange(3) % CLASSES, torch.randn(3, teacher.num_tokens, teacher.codebook.shape[1])
+    plain, calls = type(teacher).logits, []
+
+    def overflow(self: Teacher, state: Any) -> Any:
+        cond, uncond = plain(self, state)
+        calls.append(None)
+        if len(calls) == 2:  # the second group
+            cond[2, 0, 1] = torch.inf
+        return cond, uncond
+
+    monkeypatch.setattr(type(teacher), "logits", overflow)
+    with pytest.raises(UserError, match="row 2, position 1 of the guided logits .* overflow"):
+        decode(teacher, labels, noise, teacher.plain_sampling(), make_solver())
+    assert len(calls) == len(teacher.groups)
 
 
 def test_ranks_share_a_folder(tmp_path: Path, teacher: Teacher) -> None:

@@ -69,7 +69,7 @@ def solve_rows(
         start_noise = noise[part].to(dtype)
         bad_logits = ~logits.amax(dim=1).isfinite()  # NaN, +inf, or nothing but -inf
         bad_noise = ~start_noise.isfinite().all(dim=1)
-        logits.masked_fill_(bad_logits[:, None], 0.0)
+        logits = logits.masked_fill(bad_logits[:, None], 0.0)
         flow = CodebookFlow(filter_logits(logits, filter), codebook)
         result = solver.solve(flow, start_noise.masked_fill(bad_noise[:, None], 0.0))
         bad = bad_logits | bad_noise
@@ -119,14 +119,18 @@ def check_flow_arguments(
 
 
 def raise_bad_rows(evaluations: Tensor) -> None:
-    """Raise UserError for the first row [N] that carries BAD_LOGITS or BAD_NOISE. Waits for the device."""
+    """Raise UserError for the first row of [N], or row and position of [N, L], that carries BAD_LOGITS or BAD_NOISE.
+
+    Waits for the device.
+    """
     bad = (evaluations < 0).nonzero()
     if len(bad) == 0:
         return
-    row = int(bad[0])
-    if int(evaluations[row]) == BAD_NOISE:
-        raise UserError(f"row {row} of noise has NaN or infinite entries: draw it from a standard normal")
+    first = tuple(bad[0].tolist())
+    where = ", ".join(f"{name} {index}" for name, index in zip(("row", "position"), first, strict=False))
+    if int(evaluations[first]) == BAD_NOISE:
+        raise UserError(f"{where} of noise has NaN or infinite entries: draw it from a standard normal")
     raise UserError(
-        f"row {row} of the guided logits has NaN, +inf or no finite entry: check the teacher for overflow, or compute "
+        f"{where} of the guided logits has NaN, +inf or no finite entry: check the teacher for overflow, or compute "
         "its logits in a wider dtype"
     )

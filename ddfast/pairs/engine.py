@@ -14,6 +14,7 @@ from .. import ops
 from ..errors import UserError
 from ..files import remove_abandoned
 from ..flow import Solver, solver_from_dict
+from ..flow.tokens import raise_bad_rows
 from ..models import Sampling, Teacher
 from .manifest import FILE, Manifest, claim, read_manifest, require_same
 from .store import Run, read_shard, shard_path, write_shard
@@ -29,17 +30,21 @@ def decode(teacher: Teacher, labels: Tensor, noise: Tensor, sampling: Sampling, 
 
     Returns:
         Tokens int64 [B, L].
+
+    Raises:
+        UserError: naming the first image and position at which the teacher's logits overflowed.
     """
     state = teacher.decode_state(labels, sampling.guidance, sampling.guidance_interval)
     rule, codebook = teacher.filter(sampling), teacher.codebook
     batch, length, channels = noise.shape
     tokens = torch.empty(batch, length, dtype=torch.int64, device=noise.device)
+    evaluations = torch.empty_like(tokens, dtype=torch.int32)
     start = 0
     for n in teacher.groups:
         stop = start + n
         weight = state.weight
         cond, uncond = teacher.logits(state)
-        tokens[:, start:stop] = ops.flow_tokens(
+        result = ops.flow(
             cond.flatten(0, 1),
             None if uncond is None else uncond.flatten(0, 1),
             noise[:, start:stop].reshape(-1, channels),
@@ -47,9 +52,13 @@ def decode(teacher: Teacher, labels: Tensor, noise: Tensor, sampling: Sampling, 
             guidance=weight,
             filter=rule,
             solver=solver,
-        ).view(batch, n)
+            check=False,
+        )
+        tokens[:, start:stop] = result.tokens.view(batch, n)
+        evaluations[:, start:stop] = result.evaluations.view(batch, n)
         teacher.append(state, tokens[:, start:stop])
         start = stop
+    raise_bad_rows(evaluations)  # once, since it waits for the device
     return tokens
 
 
