@@ -1,5 +1,5 @@
 #include <algorithm>
-#include <cstring>
+#include <cmath>
 #include <memory>
 #include <stdexcept>
 
@@ -138,6 +138,7 @@ void flow(const FlowJob& given) {
         const float* code = given.codebook + v * channels;
         float square = 0.0f;
         for (int64_t c = 0; c < channels; ++c) square += code[c] * code[c];
+        if (!std::isfinite(square)) throw std::invalid_argument("codebook row " + std::to_string(v) + " is not finite");
         half.get()[v] = 0.5f * square;
     }
     if (in_place) {

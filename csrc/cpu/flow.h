@@ -68,19 +68,20 @@ struct TopTwo {
         const float top = largest();
         Vec others = first;
         int lane = 0;
-        while (first[lane] != top) ++lane;
+        while (lane + 1 < kLanes && first[lane] != top) ++lane;
         others[lane] = second[lane];
         return max_lanes(others);
     }
 };
 
-// Where a row first holds a value that it does hold, from `from` on.
-int64_t position(const float* row, int64_t from, float value) {
-    for (;; from += kLanes) {
+// Where a sealed row first holds a value, from `from` on; 0 if it does not, as where log-weights overflowed.
+int64_t position(const float* row, int64_t count, int64_t from, float value) {
+    for (; from < count; from += kLanes) {
         const Vec v = load<Vec>(row + from), x = splat(value);
         const uint32_t bits = at_least(v, x) & at_least(x, v);
         if (bits) return from + __builtin_ctz(bits);
     }
+    return 0;
 }
 
 float second_largest(const float* row, int64_t count) {
@@ -356,9 +357,9 @@ double log_phi(double x) {
 // The position that wins if only the codes of the two largest log-weights are left at (z, r): CodebookFlow.settle.
 int64_t settle(const FlowJob& job, const Codes& codes, const State& at, float r, float top, float second,
                const float* log_w) {
-    const int64_t i = position(log_w, 0, top);
+    const int64_t i = position(log_w, codes.count, 0, top);
     if (second == -kInfinity) return i;
-    const int64_t j = position(log_w, second == top ? i + 1 : 0, second);
+    const int64_t j = position(log_w, codes.count, second == top ? i + 1 : 0, second);
     const float* a = job.codebook + codes.token(i) * job.channels;
     const float* b = job.codebook + codes.token(j) * job.channels;
     double gap = 0.0, along = 0.0;
@@ -425,7 +426,7 @@ int64_t follow(const FlowJob& job, Codes& codes, int64_t row, int64_t best, Stat
         log_w = scratch.log_w;
         r = solver.rho[knots] * at.scale;
         found = step<kChannels>(solver, knots, codes, best, r, at, scratch.log_w);
-        best = position(log_w, 0, found.top);
+        best = position(log_w, codes.count, 0, found.top);
         done = decided(solver, found, at.rest);
     }
 }
@@ -442,7 +443,7 @@ void solve_row(const FlowJob& job, int64_t row, float max, Scratch& scratch) {
         gather_columns(job, kept, stride, scratch.columns, scratch.half);
         codes = {scratch.columns, scratch.half, kept.index, kept.value, stride, kept.count};
     }
-    const int64_t best = position(codes.log_p, 0, max);
+    const int64_t best = position(codes.log_p, codes.count, 0, max);
     start<kChannels>(job, codes, max, best, row, at);
     const int64_t end = follow<kChannels>(job, codes, row, best, at, scratch);
     job.tokens[row] = codes.token(end);
