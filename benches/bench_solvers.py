@@ -24,13 +24,13 @@ from ddfast.flow import DEFAULT_NFE, CodebookFlow, LogitFilter, make_solver
 from ddfast.flow.reference import ExactSolver
 
 NFES = {
-    "adams": (4, 6, 8, 10, 14, 20, 28),
+    "adams": (4, 6, 8, 10, 12, 16, 20, 28),
     "precise": (40,),
     "dpmpp-3m-lower": (8, 10, 14, 20),
     "dpmpp-3m": (8, 10, 20),
     "euler": (8, 10, 20),
 }
-QUICK = {"adams": (4, 14), "dpmpp-3m": (10,)}
+QUICK = {"adams": (4, 16), "dpmpp-3m": (10,)}
 REFERENCE = ExactSolver(rtol=1e-6, certain=1e-6)
 CHUNK = 100
 

@@ -133,7 +133,8 @@ def flow_kernel(
                 codebook, list_index, list_value, count, highest,
                 CHANNELS=CHANNELS, C_PAD=C_PAD, BLOCK=BLOCK_K, BLOCK_L=BLOCK_L,
             )  # fmt: skip
-            least = highest + log_prune - tl.log(count.to(tl.float32))
+            doubt = log_prune + tl.log(rest)
+            least = highest + log_total + doubt - tl.log(count.to(tl.float32))
             count = prune(list_index, list_value, list_value, count, least, BLOCK=BLOCK_L)
             tl.debug_barrier()
             std *= shrink
@@ -162,7 +163,7 @@ def flow_kernel(
                 tl.store(ring + (step & 7) * C_PAD, slope)
                 first, second = two_best(list_index, list_weight, count, BLOCK=BLOCK_L)
                 rival = key_value((second >> 32).to(tl.int32))
-                least = best + log_prune - tl.log(count.to(tl.float32))
+                least = best + tl.log(weights) + doubt - tl.log(count.to(tl.float32))
                 done = decided(1 / weights, tl.exp(rival - best) / weights, rest, certain, pair) | (step == steps)
                 running = not done
                 if running:

@@ -37,6 +37,7 @@ def moments(
     What lies about the most probable code (the first one) is summed over the others, so that nothing cancels.
     """
     total = tl.zeros([BLOCK_L], tl.float32)
+    equal = tl.zeros([BLOCK_L], tl.float32)
     top = tl.full([BLOCK_L], 0x7FFFFFFF, tl.int32)
     for start in range(0, count, BLOCK_L):
         entry = start + tl.arange(0, BLOCK_L)
@@ -44,9 +45,11 @@ def moments(
         value = tl.load(list_value + entry, mask=live, other=-float("inf"))
         index = tl.load(list_index + entry, mask=live & (value == highest), other=0x7FFFFFFF)
         top = tl.minimum(top, index)
-        total += tl.exp(value - highest)
+        total += tl.where(value < highest, tl.exp(value - highest), 0.0)
+        equal += (value == highest).to(tl.float32)
     top = tl.min(top, 0)
-    log_total = tl.log(tl.sum(total, 0))
+    others = tl.sum(total, 0) + (tl.sum(equal, 0) - 1)  # without the most probable one, which would swallow them
+    log_total = tl.where(others < 1e-4, others * (1 - 0.5 * others), tl.log(1 + others))
 
     channel = tl.arange(0, C_PAD)
     centre = tl.load(codebook + top * CHANNELS + channel, mask=channel < CHANNELS, other=0.0)

@@ -40,55 +40,55 @@ Level& current() {
     return chosen;
 }
 
-// Floats at addresses that are whole cache lines.
+// Floats that start a cache line. A thread keeps its own from call to call, since fresh memory costs a page fault every
+// 4 KiB; what is in them is of no use.
 class Floats {
    public:
-    explicit Floats(int64_t count) : memory_(new (std::align_val_t{64}) float[count]) {}
-    float* get() const { return memory_.get(); }
+    float* reserve(int64_t count) {
+        if (count > count_) {
+            memory_.reset(new (std::align_val_t{64}) float[count]);
+            count_ = count;
+        }
+        return memory_.get();
+    }
 
    private:
     struct Free {
         void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
     };
     std::unique_ptr<float[], Free> memory_;
+    int64_t count_ = 0;
 };
 
-// One thread's Scratch for rows of `vocab` entries; without channels, what the filter alone needs.
-class ScratchMemory {
-   public:
-    ScratchMemory(int64_t vocab, int64_t channels)
-        : floats_(9 * wide(vocab) + channels * column_stride(vocab) + 28 * padded(channels) + 4 * kRowPad) {
-        float* next = floats_.get();
-        const auto take = [&](int64_t count) { return (next += count) - count; };
-        const int64_t row = wide(vocab);
-        scratch.logits = take(row);
-        scratch.log_p = take(row);
-        scratch.log_w = take(row);
-        scratch.half = take(row);
-        scratch.mass = reinterpret_cast<double*>(take(2 * row));
-        scratch.index = reinterpret_cast<int32_t*>(take(row));
-        scratch.order = reinterpret_cast<int32_t*>(take(row));
-        scratch.few = take(4 * kRowPad);
-        scratch.columns = take(channels * column_stride(vocab));
-        scratch.narrow = take(28 * padded(channels));
-        scratch.guess = 4.0f;
-    }
-    Scratch scratch;
-
-   private:
-    static int64_t wide(int64_t vocab) { return padded(vocab) + kRowPad; }
-    Floats floats_;
-};
+// The calling thread's Scratch for rows of `vocab` entries; without channels, what the filter alone needs.
+Scratch scratch_of_thread(int64_t vocab, int64_t channels) {
+    thread_local Floats memory;
+    const int64_t row = padded(vocab) + kRowPad;
+    float* next = memory.reserve(9 * row + channels * column_stride(vocab) + 28 * padded(channels) + 4 * kRowPad);
+    const auto take = [&](int64_t count) { return (next += count) - count; };
+    Scratch scratch{};
+    scratch.logits = take(row);
+    scratch.log_p = take(row);
+    scratch.log_w = take(row);
+    scratch.half = take(row);
+    scratch.mass = reinterpret_cast<double*>(take(2 * row));
+    scratch.index = reinterpret_cast<int32_t*>(take(row));
+    scratch.order = reinterpret_cast<int32_t*>(take(row));
+    scratch.few = take(4 * kRowPad);
+    scratch.columns = take(channels * column_stride(vocab));
+    scratch.narrow = take(28 * padded(channels));
+    scratch.guess = 4.0f;
+    return scratch;
+}
 
 // Calls body(row, scratch) for every row, a few rows at a time on each thread.
 template <class Body>
 void for_rows(int64_t rows, int64_t vocab, int64_t channels, const Body& body) {
-    constexpr int64_t kRowsPerTask = 4;
-#pragma omp parallel if (rows > kRowsPerTask)
+#pragma omp parallel if (rows > 4)
     {
-        ScratchMemory memory(vocab, channels);
-#pragma omp for schedule(dynamic, kRowsPerTask)
-        for (int64_t row = 0; row < rows; ++row) body(row, memory.scratch);
+        Scratch scratch = scratch_of_thread(vocab, channels);
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t row = 0; row < rows; ++row) body(row, scratch);
     }
 }
 
@@ -132,25 +132,25 @@ void filter_logits(const FilterJob& job) {
 void flow(const FlowJob& given) {
     const int64_t vocab = given.vocab, channels = given.channels, stride = column_stride(vocab);
     const bool in_place = keeps_all(given.filter);
-    const Floats half(padded(vocab)), columns(in_place ? channels * stride : 0);
-    std::fill_n(half.get(), padded(vocab), 0.0f);
+    thread_local Floats memory;
+    float* half = memory.reserve(padded(vocab) + (in_place ? channels * stride : 0));
+    float* columns = half + padded(vocab);
     for (int64_t v = 0; v < vocab; ++v) {
         const float* code = given.codebook + v * channels;
         float square = 0.0f;
+#pragma omp simd reduction(+ : square)
         for (int64_t c = 0; c < channels; ++c) square += code[c] * code[c];
         if (!std::isfinite(square)) throw std::invalid_argument("codebook row " + std::to_string(v) + " is not finite");
-        half.get()[v] = 0.5f * square;
+        half[v] = 0.5f * square;
+        if (!in_place) continue;
+        for (int64_t c = 0; c < channels; ++c) columns[c * stride + v] = code[c];
     }
-    if (in_place) {
-        for (int64_t c = 0; c < channels; ++c) {
-            float* column = columns.get() + c * stride;
-            for (int64_t v = 0; v < vocab; ++v) column[v] = given.codebook[v * channels + c];
-            std::fill(column + vocab, column + stride, 0.0f);
-        }
-    }
+    std::fill(half + vocab, half + padded(vocab), 0.0f);
+    for (int64_t c = 0; in_place && c < channels; ++c)
+        std::fill(columns + c * stride + vocab, columns + (c + 1) * stride, 0.0f);
     FlowJob job = given;
-    job.half = half.get();
-    job.columns = columns.get();
+    job.half = half;
+    job.columns = in_place ? columns : nullptr;
     const auto flow_row = current().fast->flow_row;
     for_rows(job.rows, vocab, channels, [&](int64_t row, Scratch& scratch) { flow_row(job, row, scratch); });
 }
@@ -158,9 +158,9 @@ void flow(const FlowJob& given) {
 void nearest_code(const NearestJob& given) {
     const FastKernels& kernels = *current().fast;
     const int64_t panels = num_panels(given), blocks = (given.rows + kRowBlock - 1) / kRowBlock;
-    const Floats memory(panels * panel_floats(given));
+    thread_local Floats memory;
     NearestJob job = given;
-    job.panels = memory.get();
+    job.panels = memory.reserve(panels * panel_floats(given));
 #pragma omp parallel if (blocks > 1)
     {
 #pragma omp for schedule(static)

@@ -111,8 +111,8 @@ extern const FastKernels v4_fast_kernels;
 // Filters every row, on as many threads as OpenMP has been given.
 void filter_logits(const FilterJob& job);
 
-// Solves every row, likewise; job.half and job.columns are set here. Throws std::invalid_argument for a codebook that is
-// not finite.
+// Solves every row, likewise; job.half and job.columns are set here. Throws std::invalid_argument for a codebook that
+// is not finite.
 void flow(const FlowJob& job);
 
 // Finds every row's nearest code, likewise; job.panels is set here.

@@ -44,7 +44,8 @@ float between(float low, float high, double share) {
     return middle > low && middle < high ? middle : low;
 }
 
-// A value t such that the entries >= t are the k largest and what is tied with the k-th. row is sealed, max its largest.
+// A value t such that the entries >= t are the k largest and what is tied with the k-th. The row is sealed, max its
+// largest.
 float top_k_cut(const float* row, int64_t count, int64_t k, float max, Scratch& scratch) {
     // at_low entries are >= low, at_high are >= high, and at_high < k <= at_low.
     float high = kInfinity, low;
@@ -158,7 +159,7 @@ Interval narrow(const Kept& kept, const double* mass, float max, double top_p) {
     Interval in{smallest(kept, max), __builtin_nextafterf(max, kInfinity), 0.0};
     double above_low = 1.0;
     int64_t at_low = kept.count, at_high = 0;
-    while (at_low - at_high > 16) {
+    while (at_low - at_high > 32) {
         const float middle = between(in.low, in.high, (above_low - top_p) / (above_low - in.above));
         if (!(middle > in.low)) break;  // neighbours: the rest is tied
         const double above = mass_beside<false>(kept, mass, middle);

@@ -2,9 +2,10 @@
 // explained in ddfast/flow/field.py and multistep.py; what is here is how it runs.
 //
 // The kept codes lie as columns, one a channel, so that a vector holds one channel of kLanes codes. An evaluation takes
-// each tile of 4 vectors once: log-weights, exponentials, and their products with the columns while these are in L1.
-// Exponentials are taken relative to a guess of the largest log-weight, that of the code which was best so far. After an
-// evaluation, codes that no longer matter are marked with log p = -inf, and squeezed out once more than a quarter of them is.
+// each tile of 4 or 8 vectors once: log-weights, exponentials, and products with the columns while these are in L1.
+// Logarithms are to base 2, which saves the exponential a product. Exponentials are taken relative to a guess of the
+// largest log-weight, that of the code which was best so far. Codes that no longer matter are marked with log p = -inf
+// after an evaluation; once two thirds are, the others are gathered anew.
 #pragma once
 
 #include "filter.h"
@@ -20,7 +21,7 @@ struct Codes {
     const float* columns;  // [channels, stride]
     const float* half;     // [count], |c|^2 / 2
     const int32_t* index;  // [count], where in the codebook; null: in order
-    float* log_p;          // [count], sealed; -inf where a code was let go
+    float* log_p;          // [count], to base 2, sealed; -inf where a code was let go
     int64_t stride, count;
 
     int64_t token(int64_t i) const { return index ? index[i] : i; }
@@ -90,10 +91,13 @@ float second_largest(const float* row, int64_t count) {
     return best.second_largest();
 }
 
+constexpr float kBits = 1.44269504f;  // in a nat
+constexpr float kNats = 0.693147181f;  // in a bit
+
 // What one evaluation found.
 struct Weights {
     float top, second;  // the two largest log-weights
-    float total;        // sum of exp(log-weight - top)
+    float total;        // sum of 2^(log-weight - top)
 };
 
 DDFAST_INLINE WordVec widen(const uint16_t* from) { return __builtin_convertvector(load<ShortVec>(from), WordVec); }
@@ -121,38 +125,45 @@ DDFAST_INLINE void store_guided(float* out, Vec cond, Vec uncond, double guidanc
     store(out + kLanes / 2, guided(upper_half(cond), upper_half(uncond), guidance));
 }
 
+// A row's guided logits, divided by the temperature and sealed. Returns the largest, or NaN if one is NaN.
 template <LogitType type>
-void guide_row(const FlowJob& job, int64_t r, float* out) {
+float guide_row(const FlowJob& job, int64_t r, float* out) {
     const int64_t bytes = type == LogitType::kFloat32 ? 4 : 2;
     const char* cond = static_cast<const char*>(job.cond) + r * job.vocab * bytes;
     const char* uncond = job.uncond ? static_cast<const char*>(job.uncond) + r * job.vocab * bytes : nullptr;
+    const bool divide = job.filter.divisor != 1.0f;
+    Vec top = splat(-kInfinity), odd{};
+    const auto put = [&](int64_t i, const void* c, const void* u, int64_t from) {
+        const Vec plain = load_logits<type>(c, from);
+        if (uncond) {
+            store_guided(out + i, plain, load_logits<type>(u, from), job.guidance);
+        } else {
+            store(out + i, plain);
+        }
+        Vec v = load<Vec>(out + i);
+        if (divide) store(out + i, v = v / job.filter.divisor);
+        odd += v == v ? Vec{} : splat(1.0f);
+        top = larger(v, top);
+    };
     const int64_t whole = job.vocab / kLanes * kLanes, left = job.vocab - whole;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-        const Vec c = load_logits<type>(cond, i);
-        if (uncond) {
-            store_guided(out + i, c, load_logits<type>(uncond, i), job.guidance);
-        } else {
-            store(out + i, c);
-        }
-    }
+    for (int64_t i = 0; i < whole; i += kLanes) put(i, cond, uncond, i);
     if (left > 0) {
-        char c[4 * kLanes] = {}, u[4 * kLanes] = {};
-        __builtin_memcpy(c, cond + whole * bytes, left * bytes);
-        if (uncond) __builtin_memcpy(u, uncond + whole * bytes, left * bytes);
-        const Vec end = load_logits<type>(c, 0);
-        if (uncond) {
-            store_guided(out + whole, end, load_logits<type>(u, 0), job.guidance);
-        } else {
-            store(out + whole, end);
+        char c[4 * kLanes], u[4 * kLanes];  // the last logits, repeated
+        for (int64_t k = 0; k < kLanes; ++k) {
+            const int64_t from = (whole + k % left) * bytes;
+            __builtin_memcpy(c + k * bytes, cond + from, bytes);
+            if (uncond) __builtin_memcpy(u + k * bytes, uncond + from, bytes);
         }
+        put(whole, c, u, 0);
     }
     seal(out, job.vocab);
+    return sum_lanes(odd) > 0.0f ? __builtin_nanf("") : max_lanes(top);
 }
 
-void guide(const FlowJob& job, int64_t r, float* out) {
+float guide(const FlowJob& job, int64_t r, float* out) {
     if (job.type == LogitType::kFloat32) return guide_row<LogitType::kFloat32>(job, r, out);
     if (job.type == LogitType::kBfloat16) return guide_row<LogitType::kBfloat16>(job, r, out);
-    guide_row<LogitType::kFloat16>(job, r, out);
+    return guide_row<LogitType::kFloat16>(job, r, out);
 }
 
 // Channels c, c + 1, ... of kLanes codes to the i-th vector of their columns, kSize channels at a time.
@@ -169,24 +180,30 @@ DDFAST_INLINE void turn(const float* const* rows, int64_t channels, int64_t& c, 
     }
 }
 
-// The kept rows of the codebook as columns. Padding repeats a code.
-void gather_columns(const FlowJob& job, const Kept& kept, int64_t stride, float* columns, float* half) {
-    const int64_t end = padded(kept.count);
+// A list of codes with their columns, put in scratch. Padding repeats a code.
+Codes gathered(const FlowJob& job, const Kept& kept, Scratch& scratch) {
+    const int64_t stride = column_stride(kept.count), end = padded(kept.count);
     for (int64_t i = 0; i < end; i += kLanes) {
         const float* rows[kLanes];
         for (int k = 0; k < kLanes; ++k) {
             const int64_t code = kept.index[i + k < kept.count ? i + k : 0];
             rows[k] = job.codebook + code * job.channels;
-            half[i + k] = job.half[code];
+            scratch.half[i + k] = job.half[code];
         }
+        float* columns = scratch.columns + i;
         int64_t c = 0;
-        if constexpr (kLanes >= 16) turn<16>(rows, job.channels, c, columns + i, stride);
-        if constexpr (kLanes >= 8) turn<8>(rows, job.channels, c, columns + i, stride);
-        turn<4>(rows, job.channels, c, columns + i, stride);
+        if constexpr (kLanes >= 16) turn<16>(rows, job.channels, c, columns, stride);
+        if constexpr (kLanes >= 8) turn<8>(rows, job.channels, c, columns, stride);
+        turn<4>(rows, job.channels, c, columns, stride);
         for (; c < job.channels; ++c)
-            for (int k = 0; k < kLanes; ++k) columns[c * stride + i + k] = rows[k][c];
+            for (int k = 0; k < kLanes; ++k) columns[c * stride + k] = rows[k][c];
     }
+    return {scratch.columns, scratch.half, kept.index, kept.value, stride, kept.count};
 }
+
+// Columns of the next tile, to come from L2 while this one is in the works: hardware does not follow so many streams.
+// Where they are asked for was found by trying.
+DDFAST_INLINE void ask_for(const float* next) { __builtin_prefetch(next); }
 
 // sums[c] += the weights of kVectors vectors of codes times column c.
 template <int kChannels, int kVectors>
@@ -195,12 +212,13 @@ DDFAST_INLINE void add_products(const Codes& codes, int64_t i, const Vec* weight
     const float* column = codes.columns + i;
     for (int64_t c = 0; c < end; ++c, column += codes.stride) {
         Vec even = load<Vec>(sums + c * kLanes), odd{};
+#pragma GCC unroll 4
         for (int k = 0; k < kVectors; k += 2) {
             even += weights[k] * load<Vec>(column + k * kLanes);
             odd += weights[k + 1] * load<Vec>(column + (k + 1) * kLanes);
-            if constexpr (kChannels >= 16) {  // more streams than the hardware follows: ask for the next tile
-                __builtin_prefetch(column + (kVectors + k) * kLanes);
-                __builtin_prefetch(column + (kVectors + k + 1) * kLanes);
+            if constexpr (kChannels == 32) {
+                ask_for(column + (kVectors + k) * kLanes);
+                ask_for(column + (kVectors + k + 1) * kLanes);
             }
         }
         store(sums + c * kLanes, even + odd);
@@ -210,7 +228,7 @@ DDFAST_INLINE void add_products(const Codes& codes, int64_t i, const Vec* weight
 DDFAST_INLINE void clear_sums(State& at) { __builtin_memset(at.sums, 0, sizeof(float) * at.channels * kLanes); }
 
 DDFAST_INLINE float log_weight(const Codes& codes, int64_t i, const State& at, float r) {
-    float dot = codes.log_p[i] - r * r * codes.half[i];
+    float dot = codes.log_p[i] - kBits * r * r * codes.half[i];
     for (int64_t c = 0; c < at.channels; ++c) dot += at.rz[c] * codes.columns[c * codes.stride + i];
     return dot;
 }
@@ -220,25 +238,30 @@ template <int kChannels, int kVectors>
 DDFAST_INLINE void evaluate_tile(const Codes& codes, int64_t i, State& at, float r, Vec offset, float* log_w,
                                  TopTwo& best, Vec& total) {
     const int64_t channels = kChannels ? kChannels : at.channels;
-    const Vec minus_r2 = splat(-r * r);
+    const Vec minus_r2 = splat(-kBits * r * r);
     Vec w[kVectors];
+#pragma GCC unroll 8
     for (int k = 0; k < kVectors; ++k)
         w[k] = load<Vec>(codes.log_p + i + k * kLanes) + minus_r2 * load<Vec>(codes.half + i + k * kLanes);
     const float* column = codes.columns + i;
     for (int64_t c = 0; c < channels; ++c, column += codes.stride) {
         const Vec rz = splat(at.rz[c]);
+#pragma GCC unroll 8
         for (int k = 0; k < kVectors; ++k) w[k] += rz * load<Vec>(column + k * kLanes);
     }
+#pragma GCC unroll 8
     for (int k = 0; k < kVectors; ++k) {
+        if constexpr (kChannels == 8)
+            for (int64_t c = 0; c < 8; ++c) ask_for(codes.columns + c * codes.stride + i + (kVectors + k) * kLanes);
         store(log_w + i + k * kLanes, w[k]);
         best.meet(w[k]);
-        w[k] = exponential(smaller(w[k] - offset, splat(80.0f)));
+        w[k] = power_of_two(w[k] - offset);
         total += w[k];
     }
     add_products<kChannels, kVectors>(codes, i, w, channels, at.sums);
 }
 
-// All log-weights at (z, r) to log_w, sealed; D to at.drift. `relative` is close to the largest of them.
+// All log-weights at (z, r) to log_w, sealed; D to at.drift, unless `relative` is over 80 below the largest of them.
 template <int kChannels>
 Weights evaluate_near(const Codes& codes, State& at, float r, float relative, float* log_w) {
     const Vec offset = splat(relative);
@@ -252,30 +275,35 @@ Weights evaluate_near(const Codes& codes, State& at, float r, float relative, fl
     Weights found{best.largest(), best.second_largest(), sum_lanes(total)};
     const float share = 1.0f / found.total;
     for (int64_t c = 0; c < at.channels; ++c) at.drift[c] = sum_lanes(load<Vec>(at.sums + c * kLanes)) * share;
-    found.total *= __builtin_expf(relative - found.top);
+    found.total *= __builtin_exp2f(relative - found.top);
     return found;
 }
 
 template <int kChannels>
 Weights evaluate(const Codes& codes, State& at, float r, int64_t best, float* log_w) {
-    for (int64_t c = 0; c < at.channels; ++c) at.rz[c] = r * at.z[c];
+    for (int64_t c = 0; c < at.channels; ++c) at.rz[c] = kBits * r * at.z[c];
     const float guess = log_weight(codes, best, at, r);
     const Weights found = evaluate_near<kChannels>(codes, at, r, guess, log_w);
-    return found.top - guess < 60.0f ? found : evaluate_near<kChannels>(codes, at, r, found.top, log_w);
+    return found.top - guess < 80.0f ? found : evaluate_near<kChannels>(codes, at, r, found.top, log_w);
 }
 
 // log p from logits, and the moments of the codes under it. `best` is where the first largest logit stands.
+// exponentials: as long as a row.
 template <int kChannels>
-void start(const FlowJob& job, const Codes& codes, float max, int64_t best, int64_t row, State& at) {
+void start(const FlowJob& job, const Codes& codes, float max, int64_t best, int64_t row, float* exponentials,
+           State& at) {
     const int64_t channels = at.channels;
+    codes.log_p[best] = -kInfinity;  // the sums leave the most probable code out, or it would swallow the others
     Vec total{};
-    for (int64_t i = 0; i < codes.count; i += kLanes) {
-        const Vec l = load<Vec>(codes.log_p + i) - max;
-        store(codes.log_p + i, l);
-        total += exponential(l);
+    for (int64_t i = 0; i < codes.count; i += kTile) {
+        for (int k = 0; k < 4; ++k) {
+            const Vec l = (load<Vec>(codes.log_p + i + k * kLanes) - max) * kBits, e = power_of_two(l);
+            store(codes.log_p + i + k * kLanes, l);
+            store(exponentials + i + k * kLanes, e);
+            total += e;
+        }
     }
-    const float log_total = __builtin_logf(sum_lanes(total));
-    codes.log_p[best] = -kInfinity;  // sums below leave the most probable code out
+    const float others = sum_lanes(total), log_total = kBits * __builtin_log1pf(others), share = 1.0f / (1.0f + others);
     Vec rest{}, entropy{}, square{};
     clear_sums(at);
     for (int64_t i = 0; i < codes.count; i += kTile) {
@@ -283,9 +311,9 @@ void start(const FlowJob& job, const Codes& codes, float max, int64_t best, int6
         for (int k = 0; k < 4; ++k) {
             const Vec l = load<Vec>(codes.log_p + i + k * kLanes) - log_total;
             store(codes.log_p + i + k * kLanes, l);
-            p[k] = exponential(l);
+            p[k] = load<Vec>(exponentials + i + k * kLanes) * share;
             rest += p[k];
-            entropy -= p[k] * larger(l, splat(-1e30f));
+            entropy -= p[k] * larger(l, splat(-100.0f));  // 0 log 0 = 0
             square += p[k] * load<Vec>(codes.half + i + k * kLanes);
         }
         add_products<kChannels, 4>(codes, i, p, channels, at.sums);
@@ -302,8 +330,8 @@ void start(const FlowJob& job, const Codes& codes, float max, int64_t best, int6
         at.mean[c] = centre[c] + shift;
     }
     const float spread = (2.0f * sum_lanes(square) - along - size) / static_cast<float>(channels);
-    const float nats = sum_lanes(entropy) + __builtin_expf(-log_total) * log_total;
-    const float told = __builtin_expm1f(2.0f * nats / static_cast<float>(channels));
+    const float bits = sum_lanes(entropy) + share * log_total;
+    const float told = __builtin_expm1f(2.0f * kNats * bits / static_cast<float>(channels));
     at.scale = spread > 0.0f && told > 0.0f ? __builtin_sqrtf(told / spread) : 1.0f;
     at.variance = spread > 0.0f ? job.solver.shrink * job.solver.shrink * spread : 0.0f;
     __builtin_memset(at.u, 0, sizeof(float) * padded(channels));
@@ -311,39 +339,43 @@ void start(const FlowJob& job, const Codes& codes, float max, int64_t best, int6
     for (float* slope : at.slopes) __builtin_memset(slope, 0, sizeof(float) * padded(channels));
 }
 
-// Squeezes out the codes whose log-weight is below the limit. `best` follows the code it points to. log_w may be log_p.
-void squeeze(Codes& codes, const float* log_w, Vec limit, int64_t channels, Scratch& scratch, int64_t& best) {
+// What is left of a list: how many codes, and where the best one stands.
+struct Left {
+    int64_t alive, best;
+};
+
+// Lets go of the codes whose log-weight is below the cut: their log p becomes -inf. top: the largest log-weight. log_w
+// may be log_p.
+Left prune(Codes& codes, const float* log_w, float cut, float top) {
+    const Vec limit = splat(cut), largest = splat(top);
+    Left left{0, -1};
+    for (int64_t i = 0; i < codes.count; i += kLanes) {
+        const Vec w = load<Vec>(log_w + i), log_p = load<Vec>(codes.log_p + i);
+        store(codes.log_p + i, w >= limit ? log_p : splat(-kInfinity));
+        left.alive += __builtin_popcount(at_least(w, limit));
+        const uint32_t hits = at_least(w, largest);
+        if (hits && left.best < 0) left.best = i + __builtin_ctz(hits);
+    }
+    if (left.best < 0) left.best = 0;  // log-weights have overflowed
+    return left;
+}
+
+// Takes the codes of log p = -inf off the list. Returns where the one at `best` went.
+int64_t squeeze(const FlowJob& job, Codes& codes, Scratch& scratch, int64_t best) {
+    const Vec lowest = splat(kLowest);
     IntVec at = lane_numbers();
     int64_t moved = 0, n = 0;
     for (int64_t i = 0; i < codes.count; i += kLanes, at += kLanes) {
-        const uint32_t bits = at_least(load<Vec>(log_w + i), limit);
-        if (bits == 0) continue;
+        const Vec log_p = load<Vec>(codes.log_p + i);
+        const uint32_t bits = at_least(log_p, lowest);
         if (best >= i && best < i + kLanes) moved = n + __builtin_popcount(bits & ((1u << (best - i)) - 1));
-        const float* from = codes.columns + i;
-        float* to = scratch.columns + n;
-        for (int64_t c = 0; c < channels; ++c, from += codes.stride, to += codes.stride)
-            compress(to, load<Vec>(from), bits);
-        compress(scratch.half + n, load<Vec>(codes.half + i), bits);
-        compress(codes.log_p + n, load<Vec>(codes.log_p + i), bits);
-        n += compress(scratch.index + n, codes.index ? load<IntVec>(codes.index + i) : at, bits);
+        const IntVec index = codes.index ? load<IntVec>(codes.index + i) : at;
+        compress(codes.log_p + n, log_p, bits);
+        n += compress(scratch.index + n, index, bits);
     }
-    const auto clear_end = [n](float* row) { __builtin_memset(row + n, 0, sizeof(float) * (padded(n) - n)); };
-    for (int64_t c = 0; c < channels; ++c) clear_end(scratch.columns + c * codes.stride);  // padding must be finite
-    clear_end(scratch.half);
     seal(codes.log_p, n);
-    codes = {scratch.columns, scratch.half, scratch.index, codes.log_p, codes.stride, n};
-    best = moved;
-}
-
-// Lets go of the codes whose log-weight is below the cut; alive: how many then remain.
-void prune(Codes& codes, const float* log_w, float cut, int64_t alive, int64_t channels, Scratch& scratch,
-           int64_t& best) {
-    const Vec limit = splat(cut);
-    if (3 * alive < codes.count && codes.count > kTile) return squeeze(codes, log_w, limit, channels, scratch, best);
-    for (int64_t i = 0; i < codes.count; i += kLanes) {
-        const Vec kept = load<Vec>(codes.log_p + i);
-        store(codes.log_p + i, load<Vec>(log_w + i) >= limit ? kept : splat(-kInfinity));
-    }
+    codes = gathered(job, {codes.log_p, scratch.index, n}, scratch);
+    return moved;
 }
 
 // log of the standard normal's distribution function.
@@ -354,12 +386,12 @@ double log_phi(double x) {
            __builtin_log1p(-y * (1.0 - y * (3.0 - y * (15.0 - 105.0 * y))));
 }
 
-// The position that wins if only the codes of the two largest log-weights are left at (z, r): CodebookFlow.settle.
-int64_t settle(const FlowJob& job, const Codes& codes, const State& at, float r, float top, float second,
+// The position that wins if only the code at i and the one of the second largest log-weight are left at (z, r):
+// CodebookFlow.settle.
+int64_t settle(const FlowJob& job, const Codes& codes, const State& at, float r, int64_t i, float second,
                const float* log_w) {
-    const int64_t i = position(log_w, codes.count, 0, top);
     if (second == -kInfinity) return i;
-    const int64_t j = position(log_w, codes.count, second == top ? i + 1 : 0, second);
+    const int64_t j = position(log_w, codes.count, second == log_w[i] ? i + 1 : 0, second);
     const float* a = job.codebook + codes.token(i) * job.channels;
     const float* b = job.codebook + codes.token(j) * job.channels;
     double gap = 0.0, along = 0.0;
@@ -370,7 +402,8 @@ int64_t settle(const FlowJob& job, const Codes& codes, const State& at, float r,
     }
     gap = __builtin_sqrt(gap);
     const double q = gap > 0.0 ? along / gap : 0.0, half = 0.5 * r * gap;
-    return codes.log_p[i] + log_phi(q - half) >= codes.log_p[j] + log_phi(-q - half) ? i : j;
+    constexpr double kNat = 0.69314718055994531;
+    return kNat * codes.log_p[i] + log_phi(q - half) >= kNat * codes.log_p[j] + log_phi(-q - half) ? i : j;
 }
 
 // z = g u + r mean.
@@ -398,7 +431,7 @@ Weights step(const Adams& solver, int knot, const Codes& codes, int64_t best, fl
 // Whether the weights have decided, by more than sums of float32 may be off.
 bool decided(const Adams& solver, const Weights& found, float rest) {
     constexpr float kRounding = 1e-6f;
-    const float w1 = 1.0f / found.total, w2 = __builtin_expf(found.second - found.top) / found.total;
+    const float w1 = 1.0f / found.total, w2 = __builtin_exp2f(found.second - found.top) / found.total;
     return w1 > 1.0f - (solver.certain * rest - kRounding) || w1 + w2 > 1.0f - (solver.pair * rest - kRounding);
 }
 
@@ -407,26 +440,28 @@ template <int kChannels>
 int64_t follow(const FlowJob& job, Codes& codes, int64_t row, int64_t best, State& at, Scratch& scratch) {
     const Adams& solver = job.solver;
     const float* log_w = codes.log_p;  // at r = 0
-    Weights found{codes.log_p[best], -kInfinity, 1.0f};
+    Weights found{codes.log_p[best], -kInfinity, __builtin_exp2f(-codes.log_p[best])};
     float r = 0.0f;
     bool done = false;
     int64_t alive = count_at_least(log_w, codes.count, kLowest);
     __builtin_memcpy(at.z, at.u, sizeof(float) * at.channels);
     for (int knots = 0;; ++knots) {
-        const float share = static_cast<float>(alive) / solver.prune;
-        const float cut = solver.prune > 0.0f ? found.top - __builtin_logf(share) : kLowest;
-        alive = count_at_least(log_w, codes.count, cut);
+        // Entries of less than an equal share of this weight go: together they have less.
+        const float weight = solver.prune * at.rest * found.total / static_cast<float>(alive);
+        const float cut = weight > 0.0f ? found.top + __builtin_log2f(weight) : kLowest;
+        const Left left = prune(codes, log_w, cut, found.top);
+        alive = left.alive;
         if (done || alive <= 2 || knots == solver.knots) {
             job.evaluations[row] = knots;
             for (int64_t c = 0; c < at.channels; ++c) job.x[row * at.channels + c] = at.z[c] / (1.0f + r);
             if (knots == 0) found.second = second_largest(log_w, codes.count);
-            return settle(job, codes, at, r, found.top, alive == 1 ? -kInfinity : found.second, log_w);
+            return settle(job, codes, at, r, left.best, alive == 1 ? -kInfinity : found.second, log_w);
         }
-        prune(codes, log_w, cut, alive, at.channels, scratch, best);
+        best = left.best;
+        if (3 * alive < codes.count && codes.count > kTile) best = squeeze(job, codes, scratch, best);
         log_w = scratch.log_w;
         r = solver.rho[knots] * at.scale;
         found = step<kChannels>(solver, knots, codes, best, r, at, scratch.log_w);
-        best = position(log_w, codes.count, 0, found.top);
         done = decided(solver, found, at.rest);
     }
 }
@@ -439,12 +474,10 @@ void solve_row(const FlowJob& job, int64_t row, float max, Scratch& scratch) {
         codes = {job.columns, job.half, nullptr, scratch.logits, column_stride(job.vocab), job.vocab};
     } else {
         const Kept kept = kept_set(scratch.logits, job.vocab, max, job.filter, scratch);
-        const int64_t stride = column_stride(kept.count);
-        gather_columns(job, kept, stride, scratch.columns, scratch.half);
-        codes = {scratch.columns, scratch.half, kept.index, kept.value, stride, kept.count};
+        codes = gathered(job, kept, scratch);
     }
     const int64_t best = position(codes.log_p, codes.count, 0, max);
-    start<kChannels>(job, codes, max, best, row, at);
+    start<kChannels>(job, codes, max, best, row, scratch.log_w, at);
     const int64_t end = follow<kChannels>(job, codes, row, best, at, scratch);
     job.tokens[row] = codes.token(end);
 }
@@ -458,8 +491,7 @@ int32_t refusal(const FlowJob& job, int64_t row, float max) {
 }
 
 void flow_row(const FlowJob& job, int64_t row, Scratch& scratch) {
-    guide(job, row, scratch.logits);
-    const float max = prepare(scratch.logits, job.vocab, job.filter.divisor);
+    const float max = guide(job, row, scratch.logits);
     job.evaluations[row] = refusal(job, row, max);
     if (job.evaluations[row] < 0) {
         job.tokens[row] = 0;

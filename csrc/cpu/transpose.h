@@ -39,7 +39,8 @@ DDFAST_INLINE void transpose(typename Lane<kSize>::Floats* rows) {
     if constexpr (kStep < kSize) {
 #pragma GCC unroll 16
         for (int i = 0; i < kSize; ++i)
-            if (!(i & kStep)) exchange<kSize, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kSize>{});
+            if (!(i & kStep))
+                exchange<kSize, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kSize>{});
         transpose<kSize, 2 * kStep>(rows);
     }
 }

@@ -47,9 +47,9 @@ class AdamsSolver(Solver):
         relative to p, or else peaked distributions would never draw from their tails.
     pair: a token is also done once its two best weights together have 1 - w1 - w2 < pair (1 - max p), since between
         two codes the rest of the way is known.
-    prune: after each evaluation, the one at rho = 0 included, the entries that together weigh less than ``prune`` times
-        the best one are let go: they are no longer computed, nor ever drawn. 0 keeps all. With two left a token is
-        done.
+    prune: after each evaluation, the one at rho = 0 included, entries that together have less than prune (1 - max p) of
+        the weight are let go, those of less than an equal share of it: they are no longer computed, nor ever drawn. 0
+        keeps all. With two left a token is done.
 
     Zero-probability tokens are never drawn. How often the token is the exact flow's stands with the named settings in
     ``registry``.
@@ -61,9 +61,9 @@ class AdamsSolver(Solver):
     shrink: float = 0.85
     predictor: int = 5
     corrector: int = 5
-    certain: float = 0.02
-    pair: float = 0.03
-    prune: float = 1e-3
+    certain: float = 0.03
+    pair: float = 0.04
+    prune: float = 2e-3
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip((0.0, *self.knots), self.knots, strict=False))
@@ -107,7 +107,7 @@ class AdamsSolver(Solver):
 
     def _let_go(self, active: ActiveRows, at: _State, decided: Tensor, weights: Tensor, z: Tensor, r: Tensor) -> _State:
         """Prune, then settle the tokens that are decided or have two codes left; the state of the others."""
-        few = active.prune(weights, self.prune) <= 2
+        few = active.prune(weights, self.prune * at.rest) <= 2
         left = active.retire(decided | few, weights, z, r)
         return at if left is None else at.rows(left)
 

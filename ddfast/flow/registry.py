@@ -19,7 +19,7 @@ from ddfast.flow.schedules import adams_knots
 from ddfast.flow.solver import Solver, check_count
 
 DEFAULT_SOLVER = "adams"
-DEFAULT_NFE: Mapping[str, int] = {"adams": 14, "precise": 40, "dpmpp-3m": 10, "dpmpp-3m-lower": 10, "euler": 10}
+DEFAULT_NFE: Mapping[str, int] = {"adams": 16, "precise": 40, "dpmpp-3m": 10, "dpmpp-3m-lower": 10, "euler": 10}
 
 
 def _adams(nfe: int) -> Solver:
@@ -77,7 +77,7 @@ def make_solver(name: str = DEFAULT_SOLVER, nfe: int | None = None) -> Solver:
     "exact" picks its own number of evaluations and takes none. Raises UserError for an unknown name or an nfe the
     solver does not take.
 
-    >>> make_solver("adams", 14)
+    >>> make_solver("adams", 16)
     """
     if name not in SOLVERS:
         raise UserError(f"solver {name!r} does not exist: use one of {', '.join(SOLVERS)}")

@@ -30,12 +30,12 @@ def time_knots(skip: str, t_start: float, t_end: float, steps: int) -> tuple[flo
 def adams_knots(nfe: int) -> tuple[float, ...]:
     """Knots rho = r / R* for ``nfe`` evaluations of the default solver, ascending, float64.
 
-    They run to 4.5 nfe / (nfe + 9.5), beyond which hardly a token has more than two codes left, in equal steps of
+    They run to 4.5 nfe / (nfe + 9), beyond which hardly a token has more than two codes left, in equal steps of
     log(4 + rho): almost linear. The first step is shorter by 0.68, since the method has no history there. The constants
     were searched on random problems of both families together with AdamsSolver's; around them lies a plateau, and no
     nfe from 4 to 40 would gain much from constants of its own. Rounded, so that machines with other maths libraries
     write the same manifest.
     """
-    end, bend, first = 4.5 * nfe / (nfe + 9.5), 4.0, 0.68
+    end, bend, first = 4.5 * nfe / (nfe + 9), 4.0, 0.68
     stretch = math.log1p(end / bend) / (nfe - 1 + first)
     return tuple(round(bend * math.expm1(stretch * (i + first)), 12) for i in range(nfe))

@@ -87,16 +87,14 @@ class ActiveRows:
         self._evaluations[self._index] += 1
         return self._flow.posterior(z, r)
 
-    def prune(self, weights: Tensor, share: float) -> Tensor:
-        """Let go of the entries that together weigh less than ``share`` times the best one. weights: [n, V].
+    def prune(self, weights: Tensor, share: Tensor) -> Tensor:
+        """Let go of entries that together have less than ``share`` [n] of the weights [n, V].
 
         Returns how many entries each row has left: int64 [n].
         """
         count = (self._flow.log_p > -torch.inf).sum(dim=1)
-        if share > 0:
-            self._flow = self._flow.without(weights < (weights.amax(dim=1) * (share / count))[:, None])
-            count = (self._flow.log_p > -torch.inf).sum(dim=1)
-        return count
+        self._flow = self._flow.without(weights < (share / count)[:, None])
+        return (self._flow.log_p > -torch.inf).sum(dim=1)
 
     def retire(self, done: Tensor, weights: Tensor, z: Tensor, r: Tensor) -> Tensor | None:
         """Where the mask ``done`` [n] is set, settle the token and go on without those rows.
