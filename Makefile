@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types wheel bench clean
+.PHONY: help demo test lint types wheel bench gpu clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
@@ -40,6 +40,14 @@ wheel: .venv/python-ready  ## dist/ddfast-*.whl
 
 bench: .venv/installed-bench  ## every benches/bench_*.py; figures go to benches/results
 	@set -e; for bench in benches/bench_*.py; do echo "$$bench"; $(ENV)/python "$$bench"; done
+
+# Nothing is installed: PYTHON has torch for CUDA, Triton, pytest and pybind11 already, and cmake finds nvcc. What does
+# not compile is reported at the end and keeps nothing else from running.
+gpu:  ## on a machine with an NVIDIA GPU: its tests and benches; figures go to benches/results/gpu-NAME.json
+	@$(PYTHON) -c 'import importlib.util as u, sys; sys.exit(None if u.find_spec("torch") and __import__("torch").cuda.is_available() else "make gpu needs a CUDA device, and torch that sees it: $(PYTHON) has none")'
+	cmake -S . -B build/gpu $(if $(shell command -v ninja),-G Ninja) -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+	cmake --build build/gpu --parallel || echo "does not compile: going on without what is missing" >&2
+	PYTHONPATH=$(CURDIR)/build/gpu/python $(PYTHON) benches/gpu.py $(GPU_FLAGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf .venv build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

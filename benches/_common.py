@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -54,6 +54,23 @@ def measure(run: Callable[[], object], *, repeats: int = 10, warmup: int = 2, de
         seconds.append(time.perf_counter() - begin)
     cuts = quantiles(seconds[warmup:], n=10, method="inclusive")
     return {"median_s": cuts[4], "p20_s": cuts[1], "p80_s": cuts[7]}
+
+
+def compare(
+    runs: Mapping[str, Callable[[], object]], *, repeats: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, dict[str, float]]:
+    """Seconds a call of each, the least and the median of ``repeats``, after one call that does not count.
+
+    They take turns, so that whatever else the machine does meets all of them. The default clock is this process' CPU
+    time, right for one thread; ``time.perf_counter`` for more.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            begin = clock()
+            run()
+            seconds[name].append(clock() - begin)
+    return {name: {"min_s": min(all_[1:]), "median_s": median(all_[1:])} for name, all_ in seconds.items()}
 
 
 def finish(figures: dict[str, Any], out: Path) -> None:

@@ -1,0 +1,290 @@
+"""The benches themselves, at toy sizes on a CPU: that their figures are there, and that failures are told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bench_flow
+import flow_cases
+import gpu
+import gpu_cases
+import naive
+import pytest
+import torch
+from flow_helpers import one_thread  # noqa: F401 - a fixture
+
+from ddfast import _native, ops
+from ddfast.flow import LogitFilter, filter_logits, make_solver
+from ddfast.flow.tokens import guide
+
+BENCHES = Path(bench_flow.__file__).parent
+CPU = torch.device("cpu")
+SMALL = flow_cases.Setting(("small", "small-c4"), LogitFilter(top_k=20, top_p=0.9), 1.5)
+PEAKS = {"gflop_per_s": 100.0, "read_gb_per_s": 10.0}
+needs_native = pytest.mark.skipif(not _native.available(), reason="ddfast._C is not built")
+
+
+# What is measured
+
+
+def test_guided_problems_are_what_they_were_made_from() -> None:
+    one, two = (flow_cases.guided_problem("small", 30, seed, 1.5) for seed in (1, 2))
+    again = flow_cases.guided_problem("small", 30, 1, 3.0)
+    assert torch.equal(one.noise, again.noise) and not torch.equal(one.noise, two.noise)
+    logits = guide(one.cond, one.uncond, 1.5)
+    torch.testing.assert_close(logits, guide(again.cond, again.uncond, 3.0), rtol=1e-4, atol=1e-4)
+    entropy = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+    assert 1.1 < entropy.exp().min() and entropy.exp().max() < 41
+    more = one.repeat(70, seed=3)
+    assert torch.equal(more.cond[60:], one.cond[:10]) and not torch.equal(more.noise[30:60], more.noise[:30])
+
+
+@pytest.mark.parametrize("rule", ["var", "llamagen"])
+@pytest.mark.parametrize(("k", "p"), [(0, None), (20, None), (0, 0.8), (20, 0.9)])
+def test_the_plain_formulation_is_right(rule: str, k: int, p: float | None) -> None:
+    problem, keep = flow_cases.guided_problem("small", 200, 4, 1.5), LogitFilter(0.9, k, p, rule)
+    logits = guide(problem.cond, problem.uncond, 1.5)
+    assert torch.equal(naive.filter_logits(logits, keep) > -torch.inf, filter_logits(logits, keep) > -torch.inf)
+    got = naive.flow_tokens(*problem.tensors, guidance=1.5, filter=keep, rows=64)
+    want = ops.flow_tokens(*problem.tensors, guidance=1.5, filter=keep, solver=make_solver())
+    assert (got == want).double().mean() > 0.8
+    for nearest in (naive.nearest_cdist, naive.nearest_matmul):
+        assert torch.equal(nearest(problem.noise, problem.codebook, 64), ops.nearest_code(*problem.tensors[2:]))
+
+
+def test_work_is_counted() -> None:
+    """With nothing pruned, no token done early and two knots, every evaluation looks at every kept code."""
+    problem = flow_cases.guided_problem("small", 50, 5, SMALL.guidance)
+    solver = replace(make_solver("adams", 2), prune=0.0, certain=0.0, pair=0.0)
+    keep = LogitFilter(top_k=20)
+    work = flow_cases.count_work(problem, replace(SMALL, filter=keep), solver)
+    assert work == flow_cases.Work(evaluations=2.0, kept=20.0, after_top_k=0.0, looked_at=40.0)
+    assert work.flop(64, 8) == 3 * 64 + 20 * (2 * 8 + 26) + 40 * (4 * 8 + 20)
+    pruned, whole = (
+        flow_cases.count_work(problem, SMALL, s) for s in (make_solver(), replace(make_solver(), prune=0.0))
+    )
+    assert pruned.after_top_k == 20 and pruned.looked_at < whole.looked_at
+
+
+# On a CPU
+
+
+@needs_native
+def test_exactness_counts_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = bench_flow.exactness(SMALL, SMALL.families, 20, seed=6)
+    assert exact == {"rows": 40, "kept_sets_percent": 100.0, "tokens_percent": 100.0, "ties": []}
+    real = bench_flow.fused
+    monkeypatch.setattr(bench_flow, "fused", lambda *given: real(*given).index_fill_(0, torch.tensor([3]), 0))
+    exact = bench_flow.exactness(SMALL, SMALL.families[:1], 20, seed=6)
+    assert exact["tokens_percent"] == 95.0 and exact["ties"] == [None]
+
+
+def test_a_tie_is_told_by_the_least_move_of_the_noise() -> None:
+    """Between two codes as likely, the noise decides on a plane: 3e-5 from it, 1e-4 is the least nudge that tells."""
+    logits, codebook = torch.zeros(2), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    noise = torch.tensor([3e-5, 0.4])
+    options = (codebook, LogitFilter())
+    assert bench_flow.least_nudge(logits, noise, *options, token=torch.tensor(0)) == 1e-6
+    assert bench_flow.least_nudge(logits, noise, *options, token=torch.tensor(1)) == 1e-4
+    assert bench_flow.least_nudge(logits, noise + 2, *options, token=torch.tensor(1)) is None
+
+
+@needs_native
+def test_flow_bench_has_every_figure(tmp_path: Path) -> None:
+    speed = bench_flow.speed(SMALL, 8, 1, 7, PEAKS)
+    paths = {"plain torch", "bfloat16 logits", "two threads", *_native.cpu_levels()}
+    assert set(speed["microseconds_a_token"]) == paths
+    for times in speed["microseconds_a_token"].values():
+        assert 0 < times["min"] <= times["median"]
+    assert 0 < speed["floor_us"] and set(speed["by_family_us"]) == set(SMALL.families)
+    assert len(speed["work_a_token"]) == 2 and speed["times_plain_torch"] > 0
+    figures: dict[str, Any] = {
+        "exactness": {"var": {"kept_sets_percent": 100.0, "tokens_percent": 99.0}},
+        "speed": {"var": speed | {"times_plain_torch": 16.0}},
+        "memory_mb": {"1000": 65.0},
+    }
+    held = {bar["name"]: bar["held"] for bar in bench_flow.bars(figures)}
+    assert held["var: kept sets as in float64 (%)"] and not held["var: tokens as in float64 (%)"]
+    assert held["var: times plain torch"] and not held["extra memory of 1000 rows (MB)"]
+    pytest.importorskip("matplotlib")
+    bench_flow.plot(figures, tmp_path / "flow.png")
+    assert (tmp_path / "flow.png").stat().st_size > 0
+
+
+def test_the_floor_is_arithmetic_and_reading() -> None:
+    """2e5 FLOP at 100 GFLOP/s take 2 us; two rows of 64 float32 logits at 10 GB/s 0.0512 us."""
+    assert bench_flow.floor_us(2e5, SMALL, 4, PEAKS) == pytest.approx(2.0512)
+
+
+@needs_native
+def test_operations_alone() -> None:
+    alone = bench_flow.filter_speed(SMALL, 20, 1, 8), bench_flow.nearest_speed(30, 64, 8, 1)
+    assert all(figures["times_plain_torch"] > 0 for figures in alone)
+    peaks = bench_flow.measure_peaks(1)
+    assert peaks["gflop_per_s"] > 0 and peaks["read_gb_per_s"] > 0
+
+
+def test_extra_memory_is_measured() -> None:
+    pytest.importorskip("resource")
+    assert 0 <= bench_flow.extra_megabytes(3000, vocab=2048, channels=4) <= 64
+
+
+# What make gpu runs
+
+
+def measured(cases: list[gpu_cases.Case], monkeypatch: pytest.MonkeyPatch, seconds: float = 60) -> list[dict[str, Any]]:
+    """What ``measure_all`` reports on the CPU, with ceilings measured at toy sizes."""
+    small = partial(gpu_cases.measure_ceilings, megabytes=1, size=64)
+    monkeypatch.setattr(gpu, "measure_ceilings", small)
+    rows: list[dict[str, Any]] = []
+    assert gpu.measure_all(cases, gpu_cases.Clock(CPU, flush_megabytes=1), seconds, rows.append) == 0
+    return rows
+
+
+def test_every_kind_of_case_runs_and_agrees_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = measured(list(gpu_cases.toy_cases()), monkeypatch)
+    assert [row["name"].split()[0] for row in rows] == ["flow", "filter_logits", "nearest_code", "normal_noise"]
+    for row in rows:
+        assert row["agreement_percent"] == 100 and row["times_ceiling"] > 0 and row["times_plain"] > 0
+        assert len(row["us"]) >= 2 and all(0 < t["p20"] <= t["p50"] <= t["p80"] for t in row["us"].values())
+        assert row["times_read_once"] >= row["times_ceiling"]
+    json.dumps(rows)
+    assert "100.00% as on the CPU" in gpu.line(rows[0])
+
+
+def test_real_cases_have_names_of_their_own() -> None:
+    names = [case.name for case in gpu_cases.all_cases()]
+    assert len(set(names)) == len(names) and names[0] == "flow var 43520 rows bfloat16"
+
+
+def test_a_case_that_fails_is_told_and_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(device: torch.device) -> gpu_cases.Prepared:
+        raise RuntimeError("out of\nshared memory")
+
+    cases = [gpu_cases.Case("broken", fail), next(iter(gpu_cases.toy_cases()))]
+    rows = measured(cases, monkeypatch)
+    assert rows[0] == {"name": "broken", "problem": "RuntimeError: out of\nshared memory"} and "us" in rows[1]
+    late = measured(cases, monkeypatch, seconds=-1)
+    assert [row["problem"] for row in late] == ["out of time"] * 2
+    monkeypatch.setattr(gpu_cases.Clock, "works", lambda clock: False)
+    reported: list[dict[str, Any]] = []
+    assert gpu.measure_all(cases, gpu_cases.Clock(CPU, 1), 60, reported.append) != 0
+    assert reported == rows[:1]
+    tuned = [{"operation": "flow", "problem": "out of time"}, {"operation": "nearest", "problem": "no GPU"}]
+    tests = {"passed": 2, "failed": 1, "skipped": 0, "failures": ["tests.a::test_b"], "seconds": 1.0}
+    figures: dict[str, Any] = {"hardware": {"gpu": "a GPU"}, "tests": tests, "benches": rows + late, "tuned": tuned}
+    figures["failures"] = gpu.failures(figures)
+    assert sum("out of time" in failure for failure in figures["failures"]) == 2
+    gpu.print_report(figures)
+    printed = capsys.readouterr().out
+    for line in ("tests: 2 passed, 1 failed, 0 skipped", "failed: tests.a::test_b", "tuning nearest: no GPU"):
+        assert line in printed
+    assert "out of" in printed and "shared memory" in printed
+
+
+def test_a_process_that_dies_is_started_again_at_the_next_case() -> None:
+    """Case 0 works, 1 ends the process (as a segmentation fault does), 2 breaks the device, 3 works."""
+    script = """
+import json, sys
+first, _, path = sys.argv[1:]
+def report(**row):
+    open(path, "a").write(json.dumps(row) + chr(10))
+for case in range(int(first), 4):
+    if case == 1:
+        sys.exit(-11)
+    report(name=f"case {case}")
+    if case == 2:
+        sys.exit(3)
+"""
+    saved: list[list[str]] = []
+    until, command = time.monotonic() + 60, [sys.executable, "-c", script]
+    names = [f"case {i}" for i in range(4)]
+    rows: list[dict[str, Any]] = []
+
+    def save(so_far: list[dict[str, Any]]) -> None:
+        saved.append([row["name"] for row in so_far])
+        rows[:] = so_far
+
+    gpu.run_benches(names, until, save, command)
+    assert saved == [names[:2], names[:3], names]
+    assert [row.get("problem") for row in rows] == [None, "the process ended with 245", None, None]
+
+
+def test_bars_of_the_var_flow() -> None:
+    name = "flow var 43520 rows float32"
+    rows = [{"name": name, "us": {}, "times_read_once": 1.9, "times_plain": 49.0}, {"name": name, "problem": "x"}]
+    assert [(bar["value"], bar["held"]) for bar in gpu.bars(rows)] == [(1.9, True), (49.0, False)]
+
+
+def test_tests_are_run_and_counted(tmp_path: Path) -> None:
+    source = """
+import pytest
+def test_good(): pass
+@pytest.mark.parametrize("x", [1, 2])
+def test_bad(x): assert x == 2
+@pytest.mark.skip
+def test_skipped(): pass
+@pytest.fixture
+def broken(): raise ValueError
+def test_error(broken): pass
+"""
+    (tmp_path / "test_it.py").write_text(source)
+    counts = gpu.run_tests(60, [str(tmp_path)])
+    assert (counts["passed"], counts["failed"], counts["skipped"]) == (2, 2, 1)
+    assert sorted(name.split("::")[1] for name in counts["failures"]) == ["test_bad[1]", "test_error"]
+    (tmp_path / "test_it.py").write_text("import time; time.sleep(60)")
+    assert gpu.run_tests(0.5, [str(tmp_path)]) == {"problem": "pytest took more than 0 s"}
+
+
+def test_names() -> None:
+    assert gpu.slug("NVIDIA A100-SXM4-80GB") == "nvidia-a100-sxm4-80gb"
+    assert gpu.output_of(["no-such-program"]) is None
+    assert gpu.output_of([sys.executable, "-c", "print('release 13.0, V13')"], r"release ([\d.]+)") == "13.0"
+    assert {"cpu", "driver", "versions", "commit"} <= set(gpu.about("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("command", [["make", "gpu", f"PYTHON={sys.executable}"], [sys.executable, "benches/gpu.py"]])
+def test_without_a_gpu_nothing_is_started(command: list[str]) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no {command[0]}")
+    run = subprocess.run(command, capture_output=True, text=True, cwd=BENCHES.parent)
+    assert run.returncode != 0 and "CUDA device" in run.stderr and "cmake" not in run.stdout
+
+
+def test_all_stages_end_in_one_file_and_a_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    row = {"name": "flow var 43520 rows bfloat16", "us": {"fused": {"p50": 300.0}}, "agreement_percent": 99.9}
+    row |= {"times_ceiling": 1.5, "times_read_once": 1.5, "times_plain": 80.0}
+    counts = {"passed": 5, "failed": 0, "skipped": 0, "failures": [], "seconds": 1.0}
+    given: dict[str, Any] = {
+        "run_tests": lambda seconds: counts,
+        "run_benches": lambda names, until, save, command: save([row]),
+        "run_tuning": lambda problems, until, save: save([{"operation": "flow", "rows": 8}]),
+        "about": lambda device: {"gpu": "Toy GPU"},
+        "RESULTS": tmp_path,
+    }
+    for name, value in given.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Toy GPU")
+    monkeypatch.setattr(_native, "cuda_built", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 0
+    figures = json.loads((tmp_path / "gpu-toy-gpu.json").read_text())
+    assert figures["tests"] == counts and figures["benches"] == [row] and figures["failures"] == []
+    assert [bar["held"] for bar in figures["bars"]] == [True, True] and figures["tuned"][0]["rows"] == 8
+    assert capsys.readouterr().out.rstrip().endswith("tests: 5 passed, 0 failed, 0 skipped")
+    counts["failures"] = ["test_x"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "tests", "--out", str(tmp_path / "some" / "other.json")])
+    assert gpu.main() == 1
+    assert set(json.loads((tmp_path / "some" / "other.json").read_text())) & {"benches", "tuned"} == set()
