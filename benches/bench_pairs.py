@@ -84,20 +84,20 @@ def gemm_seconds(teacher: Teacher, manifest: Manifest, batch: int) -> tuple[floa
 
 @contextmanager
 def flow_clock() -> Iterator[list[float]]:
-    """Adds up the seconds spent in ops.flow_tokens."""
-    spent, real = [0.0], ops.flow_tokens
+    """Adds up the seconds spent in ops.flow."""
+    spent, real = [0.0], ops.flow
 
-    def timed(*args: Any, **kwargs: Any) -> Tensor:
+    def timed(*args: Any, **kwargs: Any) -> ops.FlowResult:
         begin = time.perf_counter()
         out = real(*args, **kwargs)
         spent[0] += time.perf_counter() - begin
         return out
 
-    ops.flow_tokens = timed
+    ops.flow = timed
     try:
         yield spent
     finally:
-        ops.flow_tokens = real
+        ops.flow = real
 
 
 def timed_pairs(teacher: Teacher, preset: str, batch: int, batches: int) -> dict[str, Any]:

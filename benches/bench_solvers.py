@@ -25,7 +25,7 @@ from ddfast.flow.reference import ExactSolver
 
 NFES = {
     "adams": (4, 6, 8, 10, 12, 16, 20, 28),
-    "precise": (40,),
+    "precise": (48,),
     "dpmpp-3m-lower": (8, 10, 14, 20),
     "dpmpp-3m": (8, 10, 20),
     "euler": (8, 10, 20),
