@@ -153,6 +153,17 @@ def test_peaked_and_far_reaching_logits() -> None:
         agree(ops.flow(cond, None, noise, codebook, **options), want, but=2, atol=2e-2)
 
 
+@pytest.mark.parametrize("channels", [5, 8, 32])
+def test_noise_from_far_out(channels: int) -> None:
+    """A code that was as good as impossible takes over from one evaluation to the next, by more than 2^128."""
+    cond, _, noise, codebook = problem(100, 64, channels, seed=12)
+    options: dict[str, Any] = {"guidance": 1.0, "filter": DENSE, "solver": make_solver()}
+    want = solve_rows(cond.double(), None, 300 * noise.double(), codebook.double(), **options)
+    got = ops.flow(cond, None, 300 * noise, codebook, **options)
+    assert bool(got.x.isfinite().all())
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.evaluations, want.evaluations)
+
+
 @pytest.mark.parametrize("name", ["var-geo", "llama-geo", "llama-sharp", "small"])
 @pytest.mark.parametrize("solver", ["adams", "precise"])
 def test_families(name: str, solver: str) -> None:

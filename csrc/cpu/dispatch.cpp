@@ -140,7 +140,9 @@ void flow(const FlowJob& given) {
         float square = 0.0f;
 #pragma omp simd reduction(+ : square)
         for (int64_t c = 0; c < channels; ++c) square += code[c] * code[c];
-        if (!std::isfinite(square)) throw std::invalid_argument("codebook row " + std::to_string(v) + " is not finite");
+        if (!std::isfinite(square))
+            throw std::invalid_argument("codebook row " + std::to_string(v) +
+                                        " is not finite, or overflows when squared: check the tokenizer's weights");
         half[v] = 0.5f * square;
         if (!in_place) continue;
         for (int64_t c = 0; c < channels; ++c) columns[c * stride + v] = code[c];

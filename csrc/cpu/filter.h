@@ -2,14 +2,10 @@
 // it; those are looked at one by one.
 #pragma once
 
-#include "fast.h"
-#include "simd.h"
+#include "logits.h"
 
 namespace ddfast::cpu {
 namespace {
-
-constexpr float kInfinity = __builtin_inff();
-constexpr float kLowest = -3.40282347e38f;  // the least finite float
 
 // Entries of a row that are still in play, by ascending index: values and where they stand in the row.
 struct Kept {
@@ -17,12 +13,6 @@ struct Kept {
     int32_t* index;  // [count]
     int64_t count;
 };
-
-// Fills [count, padded(count) + kRowPad) with -inf: loops may run past the end.
-DDFAST_INLINE void seal(float* row, int64_t count) {
-    const int64_t end = padded(count) + kRowPad;
-    for (int64_t i = count; i < end; ++i) row[i] = -kInfinity;
-}
 
 int64_t count_at_least(const float* row, int64_t count, float value) {
     const Vec limit = splat(value);
@@ -239,26 +229,11 @@ Kept kept_set(const float* row, int64_t vocab, float max, const Filter& filter, 
     return kept;
 }
 
-// The largest of a sealed row, or NaN if one is NaN. Divides in place by the temperature.
-float prepare(float* row, int64_t count, float divisor) {
-    Vec top = splat(-kInfinity), odd{};
-    const bool divide = divisor != 1.0f;
-    for (int64_t i = 0; i < count; i += kLanes) {
-        Vec v = load<Vec>(row + i);
-        odd += v == v ? Vec{} : splat(1.0f);
-        if (divide) store(row + i, v = v / divisor);
-        top = larger(v, top);
-    }
-    return sum_lanes(odd) > 0.0f ? __builtin_nanf("") : max_lanes(top);
-}
-
 void filter_row(const FilterJob& job, int64_t r, Scratch& scratch) {
-    const float* logits = job.logits + r * job.vocab;
     float* out = job.out + r * job.vocab;
     float* row = scratch.logits;
-    __builtin_memcpy(row, logits, sizeof(float) * job.vocab);
-    seal(row, job.vocab);
-    const float max = prepare(row, job.vocab, job.filter.divisor);
+    const float max = read_row<LogitType::kFloat32>(job.logits + r * job.vocab, nullptr, job.vocab, 1.0,
+                                                    job.filter.divisor, row);
     const bool finite = max > -kInfinity && max < kInfinity;
     if (!finite || keeps_all(job.filter)) {
         __builtin_memcpy(out, row, sizeof(float) * job.vocab);

@@ -8,24 +8,10 @@
 // after an evaluation; once two thirds are, the others are gathered anew.
 #pragma once
 
-#include "filter.h"
-#include "transpose.h"
+#include "codes.h"
 
 namespace ddfast::cpu {
 namespace {
-
-constexpr int kTile = 4 * kLanes;
-
-// The codes of one row that are still possible.
-struct Codes {
-    const float* columns;  // [channels, stride]
-    const float* half;     // [count], |c|^2 / 2
-    const int32_t* index;  // [count], where in the codebook; null: in order
-    float* log_p;          // [count], to base 2, sealed; -inf where a code was let go
-    int64_t stride, count;
-
-    int64_t token(int64_t i) const { return index ? index[i] : i; }
-};
 
 // Rows of `channels` floats in scratch.narrow.
 struct State {
@@ -53,45 +39,7 @@ struct State {
     }
 };
 
-// The two largest values met, lane by lane.
-struct TopTwo {
-    Vec first = splat(-kInfinity), second = splat(-kInfinity);
-
-    void meet(Vec v) {
-        second = larger(second, smaller(first, v));
-        first = larger(first, v);
-    }
-
-    float largest() const { return max_lanes(first); }
-
-    // The second largest is the largest once one lane's first has been taken out.
-    float second_largest() const {
-        const float top = largest();
-        Vec others = first;
-        int lane = 0;
-        while (lane + 1 < kLanes && first[lane] != top) ++lane;
-        others[lane] = second[lane];
-        return max_lanes(others);
-    }
-};
-
-// Where a sealed row first holds a value, from `from` on; 0 if it does not, as where log-weights overflowed.
-int64_t position(const float* row, int64_t count, int64_t from, float value) {
-    for (; from < count; from += kLanes) {
-        const Vec v = load<Vec>(row + from), x = splat(value);
-        const uint32_t bits = at_least(v, x) & at_least(x, v);
-        if (bits) return from + __builtin_ctz(bits);
-    }
-    return 0;
-}
-
-float second_largest(const float* row, int64_t count) {
-    TopTwo best;
-    for (int64_t i = 0; i < count; i += kLanes) best.meet(load<Vec>(row + i));
-    return best.second_largest();
-}
-
-constexpr float kBits = 1.44269504f;  // in a nat
+constexpr float kBits = 1.44269504f;   // in a nat
 constexpr float kNats = 0.693147181f;  // in a bit
 
 // What one evaluation found.
@@ -99,107 +47,6 @@ struct Weights {
     float top, second;  // the two largest log-weights
     float total;        // sum of 2^(log-weight - top)
 };
-
-DDFAST_INLINE WordVec widen(const uint16_t* from) { return __builtin_convertvector(load<ShortVec>(from), WordVec); }
-
-template <LogitType type>
-DDFAST_INLINE Vec load_logits(const void* row, int64_t i) {
-    if constexpr (type == LogitType::kFloat32) return load<Vec>(static_cast<const float*>(row) + i);
-    const WordVec bits = widen(static_cast<const uint16_t*>(row) + i);
-    if constexpr (type == LogitType::kBfloat16) return reinterpret_cast<Vec>(bits << 16);
-    const Vec scaled = reinterpret_cast<Vec>((bits & 0x7fffu) << 13) * 0x1p112f;  // subnormals included
-    const WordVec special = (bits & 0x7c00u) == 0x7c00u ? WordVec{} + 0x7f800000u : WordVec{};
-    return reinterpret_cast<Vec>(reinterpret_cast<WordVec>(scaled) | special | (bits & 0x8000u) << 16);
-}
-
-// uncond + guidance (cond - uncond) in float64, rounded once; where both are equal, that value.
-DDFAST_INLINE HalfVec guided(HalfVec cond, HalfVec uncond, double guidance) {
-    const DoubleVec from = __builtin_convertvector(uncond, DoubleVec);
-    const DoubleVec to = __builtin_convertvector(cond, DoubleVec);
-    const DoubleVec way = to == from ? DoubleVec{} : to - from;
-    return __builtin_convertvector(from + guidance * way, HalfVec);
-}
-
-DDFAST_INLINE void store_guided(float* out, Vec cond, Vec uncond, double guidance) {
-    store(out, guided(lower_half(cond), lower_half(uncond), guidance));
-    store(out + kLanes / 2, guided(upper_half(cond), upper_half(uncond), guidance));
-}
-
-// A row's guided logits, divided by the temperature and sealed. Returns the largest, or NaN if one is NaN.
-template <LogitType type>
-float guide_row(const FlowJob& job, int64_t r, float* out) {
-    const int64_t bytes = type == LogitType::kFloat32 ? 4 : 2;
-    const char* cond = static_cast<const char*>(job.cond) + r * job.vocab * bytes;
-    const char* uncond = job.uncond ? static_cast<const char*>(job.uncond) + r * job.vocab * bytes : nullptr;
-    const bool divide = job.filter.divisor != 1.0f;
-    Vec top = splat(-kInfinity), odd{};
-    const auto put = [&](int64_t i, const void* c, const void* u, int64_t from) {
-        const Vec plain = load_logits<type>(c, from);
-        if (uncond) {
-            store_guided(out + i, plain, load_logits<type>(u, from), job.guidance);
-        } else {
-            store(out + i, plain);
-        }
-        Vec v = load<Vec>(out + i);
-        if (divide) store(out + i, v = v / job.filter.divisor);
-        odd += v == v ? Vec{} : splat(1.0f);
-        top = larger(v, top);
-    };
-    const int64_t whole = job.vocab / kLanes * kLanes, left = job.vocab - whole;
-    for (int64_t i = 0; i < whole; i += kLanes) put(i, cond, uncond, i);
-    if (left > 0) {
-        char c[4 * kLanes], u[4 * kLanes];  // the last logits, repeated
-        for (int64_t k = 0; k < kLanes; ++k) {
-            const int64_t from = (whole + k % left) * bytes;
-            __builtin_memcpy(c + k * bytes, cond + from, bytes);
-            if (uncond) __builtin_memcpy(u + k * bytes, uncond + from, bytes);
-        }
-        put(whole, c, u, 0);
-    }
-    seal(out, job.vocab);
-    return sum_lanes(odd) > 0.0f ? __builtin_nanf("") : max_lanes(top);
-}
-
-float guide(const FlowJob& job, int64_t r, float* out) {
-    if (job.type == LogitType::kFloat32) return guide_row<LogitType::kFloat32>(job, r, out);
-    if (job.type == LogitType::kBfloat16) return guide_row<LogitType::kBfloat16>(job, r, out);
-    return guide_row<LogitType::kFloat16>(job, r, out);
-}
-
-// Channels c, c + 1, ... of kLanes codes to the i-th vector of their columns, kSize channels at a time.
-template <int kSize>
-DDFAST_INLINE void turn(const float* const* rows, int64_t channels, int64_t& c, float* columns, int64_t stride) {
-    typedef typename Lane<kSize>::Floats Block;
-    for (; c + kSize <= channels; c += kSize) {
-        for (int first = 0; first < kLanes; first += kSize) {
-            Block block[kSize];
-            for (int k = 0; k < kSize; ++k) block[k] = load<Block>(rows[first + k] + c);
-            transpose<kSize>(block);
-            for (int k = 0; k < kSize; ++k) store(columns + (c + k) * stride + first, block[k]);
-        }
-    }
-}
-
-// A list of codes with their columns, put in scratch. Padding repeats a code.
-Codes gathered(const FlowJob& job, const Kept& kept, Scratch& scratch) {
-    const int64_t stride = column_stride(kept.count), end = padded(kept.count);
-    for (int64_t i = 0; i < end; i += kLanes) {
-        const float* rows[kLanes];
-        for (int k = 0; k < kLanes; ++k) {
-            const int64_t code = kept.index[i + k < kept.count ? i + k : 0];
-            rows[k] = job.codebook + code * job.channels;
-            scratch.half[i + k] = job.half[code];
-        }
-        float* columns = scratch.columns + i;
-        int64_t c = 0;
-        if constexpr (kLanes >= 16) turn<16>(rows, job.channels, c, columns, stride);
-        if constexpr (kLanes >= 8) turn<8>(rows, job.channels, c, columns, stride);
-        turn<4>(rows, job.channels, c, columns, stride);
-        for (; c < job.channels; ++c)
-            for (int k = 0; k < kLanes; ++k) columns[c * stride + k] = rows[k][c];
-    }
-    return {scratch.columns, scratch.half, kept.index, kept.value, stride, kept.count};
-}
 
 // Columns of the next tile, to come from L2 while this one is in the works: hardware does not follow so many streams.
 // Where they are asked for was found by trying.
@@ -339,45 +186,6 @@ void start(const FlowJob& job, const Codes& codes, float max, int64_t best, int6
     for (float* slope : at.slopes) __builtin_memset(slope, 0, sizeof(float) * padded(channels));
 }
 
-// What is left of a list: how many codes, and where the best one stands.
-struct Left {
-    int64_t alive, best;
-};
-
-// Lets go of the codes whose log-weight is below the cut: their log p becomes -inf. top: the largest log-weight. log_w
-// may be log_p.
-Left prune(Codes& codes, const float* log_w, float cut, float top) {
-    const Vec limit = splat(cut), largest = splat(top);
-    Left left{0, -1};
-    for (int64_t i = 0; i < codes.count; i += kLanes) {
-        const Vec w = load<Vec>(log_w + i), log_p = load<Vec>(codes.log_p + i);
-        store(codes.log_p + i, w >= limit ? log_p : splat(-kInfinity));
-        left.alive += __builtin_popcount(at_least(w, limit));
-        const uint32_t hits = at_least(w, largest);
-        if (hits && left.best < 0) left.best = i + __builtin_ctz(hits);
-    }
-    if (left.best < 0) left.best = 0;  // log-weights have overflowed
-    return left;
-}
-
-// Takes the codes of log p = -inf off the list. Returns where the one at `best` went.
-int64_t squeeze(const FlowJob& job, Codes& codes, Scratch& scratch, int64_t best) {
-    const Vec lowest = splat(kLowest);
-    IntVec at = lane_numbers();
-    int64_t moved = 0, n = 0;
-    for (int64_t i = 0; i < codes.count; i += kLanes, at += kLanes) {
-        const Vec log_p = load<Vec>(codes.log_p + i);
-        const uint32_t bits = at_least(log_p, lowest);
-        if (best >= i && best < i + kLanes) moved = n + __builtin_popcount(bits & ((1u << (best - i)) - 1));
-        const IntVec index = codes.index ? load<IntVec>(codes.index + i) : at;
-        compress(codes.log_p + n, log_p, bits);
-        n += compress(scratch.index + n, index, bits);
-    }
-    seal(codes.log_p, n);
-    codes = gathered(job, {codes.log_p, scratch.index, n}, scratch);
-    return moved;
-}
-
 // log of the standard normal's distribution function.
 double log_phi(double x) {
     if (x > -20.0) return __builtin_log(0.5 * __builtin_erfc(-0.70710678118654752 * x));
@@ -490,8 +298,22 @@ int32_t refusal(const FlowJob& job, int64_t row, float max) {
     return 0;
 }
 
+template <LogitType type>
+float read_guided(const FlowJob& job, int64_t row, float* out) {
+    const int64_t at = row * job.vocab * (type == LogitType::kFloat32 ? 4 : 2);
+    const char* uncond = job.uncond ? static_cast<const char*>(job.uncond) + at : nullptr;
+    return read_row<type>(static_cast<const char*>(job.cond) + at, uncond, job.vocab, job.guidance, job.filter.divisor,
+                          out);
+}
+
+float read_guided(const FlowJob& job, int64_t row, float* out) {
+    if (job.type == LogitType::kFloat32) return read_guided<LogitType::kFloat32>(job, row, out);
+    if (job.type == LogitType::kBfloat16) return read_guided<LogitType::kBfloat16>(job, row, out);
+    return read_guided<LogitType::kFloat16>(job, row, out);
+}
+
 void flow_row(const FlowJob& job, int64_t row, Scratch& scratch) {
-    const float max = guide(job, row, scratch.logits);
+    const float max = read_guided(job, row, scratch.logits);
     job.evaluations[row] = refusal(job, row, max);
     if (job.evaluations[row] < 0) {
         job.tokens[row] = 0;
