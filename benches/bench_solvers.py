@@ -3,8 +3,8 @@
     python benches/bench_solvers.py            # 4,000 problems a family, about 10 minutes on one core
     python benches/bench_solvers.py --quick    # a smoke run
 
-The exact flow is ``ExactSolver(rtol=1e-6)`` in float64; the solvers run in float32, as ``ddfast.ops.flow`` runs them
-here. ``bench_flow.py`` has their speed.
+After random problems come the distributions of the two bundled teachers. The exact flow is ``ExactSolver(rtol=1e-6)``
+in float64; the solvers run in float32, as ``ddfast.ops.flow`` runs them here. ``bench_flow.py`` has their speed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from _common import RESULTS, finish, hardware
 from problems import FAMILIES, Family, draw
+from torch import Tensor
 
 from ddfast import ops
-from ddfast.flow import DEFAULT_NFE, CodebookFlow, LogitFilter, make_solver
+from ddfast.flow import DEFAULT_NFE, CodebookFlow, FlowResult, LogitFilter, filter_logits, make_solver
 from ddfast.flow.reference import ExactSolver
+from ddfast.flow.tokens import guide
+from ddfast.models import load_teacher
 
 NFES = {
     "adams": (4, 6, 8, 10, 12, 16, 20, 28),
@@ -46,6 +49,12 @@ class Tally:
     agreed: int = 0
     evaluations: int = 0
 
+    def add(self, got: FlowResult, want: Tensor) -> None:
+        """Count the tokens [n] of one solve."""
+        self.problems += len(want)
+        self.agreed += int((got.tokens == want).sum())
+        self.evaluations += int(got.evaluations.sum())
+
     def figures(self) -> dict[str, float]:
         """Agreement in % and average evaluations of a token."""
         return {
@@ -62,11 +71,37 @@ def judge(family: Family, count: int, seed: int, nfes: Nfes) -> dict[str, dict[s
         given = (problem.log_p, None, problem.noise, problem.codebook)
         for name, nfe in ((name, nfe) for name, choices in nfes.items() for nfe in choices):
             got = ops.flow(*given, guidance=1.0, filter=LogitFilter(), solver=make_solver(name, nfe))
-            tally = tallies[name, nfe]
-            tally.problems += len(want)
-            tally.agreed += int((got.tokens == want).sum())
-            tally.evaluations += int(got.evaluations.sum())
+            tallies[name, nfe].add(got, want)
     return {name: {str(nfe): tallies[name, nfe].figures() for nfe in nfes[name]} for name in nfes}
+
+
+@torch.inference_mode()
+def judge_teacher(name: str, images: int, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Figures of DEFAULT_NFE on the distributions that a bundled teacher gives, under its ``release`` sampling.
+
+    The exact flow's tokens are what the teacher continues with.
+    """
+    teacher = load_teacher(name)
+    sampling = teacher.preset("release")
+    keep, channels = teacher.filter(sampling), teacher.codebook.shape[1]
+    noise = ops.normal_noise(seed, torch.arange(images), 0, teacher.num_tokens, channels)
+    labels = torch.arange(images) % teacher.num_classes
+    state = teacher.decode_state(labels, sampling.guidance, sampling.guidance_interval)
+    tallies: dict[str, Tally] = defaultdict(Tally)
+    start = 0
+    for n in teacher.groups:
+        weight = state.weight
+        cond, uncond = (None if t is None else t.flatten(0, 1) for t in teacher.logits(state))
+        part = noise[:, start : start + n].reshape(-1, channels)
+        log_p = filter_logits(guide(cond, uncond, weight), keep)
+        want = REFERENCE.solve(CodebookFlow(log_p, teacher.codebook), part).tokens
+        for solver, nfe in DEFAULT_NFE.items():
+            given = (cond, uncond, part, teacher.codebook)
+            got = ops.flow(*given, guidance=weight, filter=keep, solver=make_solver(solver, nfe))
+            tallies[solver].add(got, want)
+        teacher.append(state, want.view(images, n))
+        start += n
+    return {solver: {str(nfe): tallies[solver].figures()} for solver, nfe in DEFAULT_NFE.items()}
 
 
 def print_table(family: str, results: dict[str, Any]) -> None:
@@ -118,6 +153,10 @@ def main() -> None:
     for number, (name, family) in enumerate(FAMILIES.items()):
         results[name] = judge(family, count, options.seed + number, nfes)
         print_table(name, results[name])
+    teachers = {}
+    for name in ("digits-var", "digits-llamagen"):
+        teachers[name] = judge_teacher(name, 10 if options.quick else 300, options.seed)
+        print_table(name, teachers[name])
     figures = {
         "bench": "solvers",
         "hardware": hardware(),
@@ -128,6 +167,7 @@ def main() -> None:
         "reference": REFERENCE.to_dict(),
         "solvers": {name: make_solver(name, DEFAULT_NFE[name]).to_dict() for name in nfes},
         "results": results,
+        "teachers": teachers,
     }
     finish(figures, options.out)
     plot(results, options.out.with_suffix(".png"))

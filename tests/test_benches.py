@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_flow
+import bench_solvers
 import flow_cases
 import gpu
 import gpu_cases
@@ -22,7 +23,7 @@ import torch
 from flow_helpers import one_thread  # noqa: F401 - a fixture
 
 from ddfast import _native, ops
-from ddfast.flow import LogitFilter, filter_logits, make_solver
+from ddfast.flow import DEFAULT_NFE, LogitFilter, filter_logits, make_solver
 from ddfast.flow.tokens import guide
 
 BENCHES = Path(bench_flow.__file__).parent
@@ -45,6 +46,14 @@ def test_guided_problems_are_what_they_were_made_from() -> None:
     assert 1.1 < entropy.exp().min() and entropy.exp().max() < 41
     more = one.repeat(70, seed=3)
     assert torch.equal(more.cond[60:], one.cond[:10]) and not torch.equal(more.noise[30:60], more.noise[:30])
+
+
+@pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])
+def test_solvers_are_judged_on_a_teacher_s_own_distributions(name: str) -> None:
+    figures = bench_solvers.judge_teacher(name, 20, seed=1)
+    assert figures.keys() == DEFAULT_NFE.keys()
+    agreed = {solver: by_nfe[str(DEFAULT_NFE[solver])]["agreement_percent"] for solver, by_nfe in figures.items()}
+    assert 98 < agreed["adams"] <= agreed["precise"] and agreed["dpmpp-3m"] < 60 < agreed["euler"]
 
 
 @pytest.mark.parametrize("rule", ["var", "llamagen"])
