@@ -54,8 +54,8 @@ clean:  ## remove .venv and everything built
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 EXTRAS_demo :=
-EXTRAS_test := [test]
-EXTRAS_lint := [test,lint]
+EXTRAS_test := [test,bench]
+EXTRAS_lint := [test,bench,lint]
 EXTRAS_bench := [test,bench]
 
 .venv/installed-%: .venv/python-ready $(SOURCES)
