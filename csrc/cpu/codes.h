@@ -11,11 +11,11 @@ constexpr int kTile = 4 * kLanes;
 
 // The codes of one row that are still possible.
 struct Codes {
-    const float* columns;  // [channels, stride]
+    const float* columns;  // their channels, in blocks
     const float* half;     // [count], |c|^2 / 2
     const int32_t* index;  // [count], where in the codebook; null: in order
-    float* log_p;          // [count], to base 2, sealed; -inf where a code was let go
-    int64_t stride, count;
+    float* log_p;          // [count], less the largest, to base 2, sealed; -inf where a code was let go
+    int64_t count;
 
     int64_t token(int64_t i) const { return index ? index[i] : i; }
 };
@@ -60,21 +60,21 @@ float second_largest(const float* row, int64_t count) {
 
 // Channels c, c + 1, ... of kLanes codes to the i-th vector of their columns, kSize channels at a time.
 template <int kSize>
-DDFAST_INLINE void turn(const float* const* rows, int64_t channels, int64_t& c, float* columns, int64_t stride) {
+DDFAST_INLINE void turn(const float* const* rows, int64_t channels, int64_t& c, float* columns) {
     typedef typename Lane<kSize>::Floats Block;
     for (; c + kSize <= channels; c += kSize) {
         for (int first = 0; first < kLanes; first += kSize) {
             Block block[kSize];
             for (int k = 0; k < kSize; ++k) block[k] = load<Block>(rows[first + k] + c);
             transpose<kSize>(block);
-            for (int k = 0; k < kSize; ++k) store(columns + (c + k) * stride + first, block[k]);
+            for (int k = 0; k < kSize; ++k) store(columns + (c + k) * kRowPad + first, block[k]);
         }
     }
 }
 
 // A list of codes with their columns, put in scratch. Padding repeats a code.
 Codes gathered(const FlowJob& job, const Kept& kept, Scratch& scratch) {
-    const int64_t stride = column_stride(kept.count), end = padded(kept.count);
+    const int64_t end = padded(kept.count);
     for (int64_t i = 0; i < end; i += kLanes) {
         const float* rows[kLanes];
         for (int k = 0; k < kLanes; ++k) {
@@ -82,15 +82,15 @@ Codes gathered(const FlowJob& job, const Kept& kept, Scratch& scratch) {
             rows[k] = job.codebook + code * job.channels;
             scratch.half[i + k] = job.half[code];
         }
-        float* columns = scratch.columns + i;
+        float* columns = scratch.columns + in_blocks(i, job.channels);
         int64_t c = 0;
-        if constexpr (kLanes >= 16) turn<16>(rows, job.channels, c, columns, stride);
-        if constexpr (kLanes >= 8) turn<8>(rows, job.channels, c, columns, stride);
-        turn<4>(rows, job.channels, c, columns, stride);
+        if constexpr (kLanes >= 16) turn<16>(rows, job.channels, c, columns);
+        if constexpr (kLanes >= 8) turn<8>(rows, job.channels, c, columns);
+        turn<4>(rows, job.channels, c, columns);
         for (; c < job.channels; ++c)
-            for (int k = 0; k < kLanes; ++k) columns[c * stride + k] = rows[k][c];
+            for (int k = 0; k < kLanes; ++k) columns[c * kRowPad + k] = rows[k][c];
     }
-    return {scratch.columns, scratch.half, kept.index, kept.value, stride, kept.count};
+    return {scratch.columns, scratch.half, kept.index, kept.value, kept.count};
 }
 
 // What is left of a list: how many codes, and where the best one stands.

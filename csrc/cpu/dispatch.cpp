@@ -64,7 +64,7 @@ class Floats {
 Scratch scratch_of_thread(int64_t vocab, int64_t channels) {
     thread_local Floats memory;
     const int64_t row = padded(vocab) + kRowPad;
-    float* next = memory.reserve(9 * row + channels * column_stride(vocab) + 28 * padded(channels) + 4 * kRowPad);
+    float* next = memory.reserve((9 + channels) * row + 28 * padded(channels) + 4 * kRowPad);
     const auto take = [&](int64_t count) { return (next += count) - count; };
     Scratch scratch{};
     scratch.logits = take(row);
@@ -75,7 +75,7 @@ Scratch scratch_of_thread(int64_t vocab, int64_t channels) {
     scratch.index = reinterpret_cast<int32_t*>(take(row));
     scratch.order = reinterpret_cast<int32_t*>(take(row));
     scratch.few = take(4 * kRowPad);
-    scratch.columns = take(channels * column_stride(vocab));
+    scratch.columns = take(channels * row);
     scratch.narrow = take(28 * padded(channels));
     scratch.guess = 4.0f;
     return scratch;
@@ -130,10 +130,10 @@ void filter_logits(const FilterJob& job) {
 }
 
 void flow(const FlowJob& given) {
-    const int64_t vocab = given.vocab, channels = given.channels, stride = column_stride(vocab);
+    const int64_t vocab = given.vocab, channels = given.channels;
     const bool in_place = keeps_all(given.filter);
     thread_local Floats memory;
-    float* half = memory.reserve(padded(vocab) + (in_place ? channels * stride : 0));
+    float* half = memory.reserve(padded(vocab) + (in_place ? channels * padded(vocab) : 0));
     float* columns = half + padded(vocab);
     for (int64_t v = 0; v < vocab; ++v) {
         const float* code = given.codebook + v * channels;
@@ -145,11 +145,12 @@ void flow(const FlowJob& given) {
                                         " is not finite, or overflows when squared: check the tokenizer's weights");
         half[v] = 0.5f * square;
         if (!in_place) continue;
-        for (int64_t c = 0; c < channels; ++c) columns[c * stride + v] = code[c];
+        float* column = columns + in_blocks(v, channels);
+        for (int64_t c = 0; c < channels; ++c) column[c * kRowPad] = code[c];
     }
     std::fill(half + vocab, half + padded(vocab), 0.0f);
-    for (int64_t c = 0; in_place && c < channels; ++c)
-        std::fill(columns + c * stride + vocab, columns + (c + 1) * stride, 0.0f);
+    for (int64_t v = vocab; in_place && v < padded(vocab); ++v)
+        for (int64_t c = 0; c < channels; ++c) columns[in_blocks(v, channels) + c * kRowPad] = 0.0f;
     FlowJob job = given;
     job.half = half;
     job.columns = in_place ? columns : nullptr;

@@ -12,8 +12,10 @@ constexpr int kRowPad = 64;  // entries; rows in scratch are padded to a multipl
 // Internal linkage, as all that is compiled once per instruction set.
 static inline int64_t padded(int64_t count) { return (count + kRowPad - 1) / kRowPad * kRowPad; }
 
-// Floats from one channel of `count` codes to the next: off the powers of two that would share cache sets.
-static inline int64_t column_stride(int64_t count) { return padded(count) + 16; }
+// Codes lie in blocks of kRowPad: the first channel of all of them, the second, and so on.
+static inline int64_t in_blocks(int64_t code, int64_t channels) {
+    return code / kRowPad * kRowPad * channels + code % kRowPad;
+}
 
 enum class LogitType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum class Rule : int { kVar = 0, kLlamaGen = 1 };
@@ -48,7 +50,7 @@ struct FlowJob {
     const float* noise;     // [rows, channels]
     const float* codebook;  // [vocab, channels]
     const float* half;      // [padded(vocab)], |c|^2 / 2 with zeros behind
-    const float* columns;   // [channels, column_stride(vocab)], transposed with zeros behind; null unless keeps_all
+    const float* columns;   // the codebook in blocks, with zeros behind; null unless keeps_all
     int64_t rows, vocab, channels;
     double guidance;
     Filter filter;
@@ -73,7 +75,7 @@ struct Scratch {
     double* mass;    // [wide]
     int32_t* index;  // [wide]
     int32_t* order;  // [wide]
-    float* columns;  // [channels, column_stride(vocab)]
+    float* columns;  // [wide * channels]
     float* narrow;   // [28, padded(channels)], the solver's state
     float* few;      // [4 * kRowPad]
     float guess;     // how far below the largest the last top-k cut was: where to look first

@@ -107,7 +107,7 @@ void masses(const Kept& kept, float max, double* mass) {
     DoubleVec total{};
     const int64_t end = padded(kept.count);
     for (int64_t i = 0; i < end; i += kLanes / 2) {
-        const DoubleVec v = __builtin_convertvector(load<HalfVec>(kept.value + i), DoubleVec);
+        const DoubleVec v = to_double(load<HalfVec>(kept.value + i));
         const DoubleVec e = exponential(v - static_cast<double>(max));
         store(mass + i, e);
         total += e;
@@ -123,7 +123,7 @@ double mass_beside(const Kept& kept, const double* mass, float cut) {
     DoubleVec sum{};
     const int64_t end = padded(kept.count);
     for (int64_t i = 0; i < end; i += kLanes / 2) {
-        const DoubleVec v = __builtin_convertvector(load<HalfVec>(kept.value + i), DoubleVec);
+        const DoubleVec v = to_double(load<HalfVec>(kept.value + i));
         const DoubleVec m = load<DoubleVec>(mass + i);
         sum += kBelow ? (v < limit ? m : DoubleVec{}) : (v >= limit ? m : DoubleVec{});
     }

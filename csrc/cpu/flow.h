@@ -1,11 +1,12 @@
 // One token from its logits: guidance, filter, the Adams predictor-corrector on the kept codes, read-out. The maths is
 // explained in ddfast/flow/field.py and multistep.py; what is here is how it runs.
 //
-// The kept codes lie as columns, one a channel, so that a vector holds one channel of kLanes codes. An evaluation takes
-// each tile of 4 or 8 vectors once: log-weights, exponentials, and products with the columns while these are in L1.
-// Logarithms are to base 2, which saves the exponential a product. Exponentials are taken relative to a guess of the
-// largest log-weight, that of the code which was best so far. Codes that no longer matter are marked with log p = -inf
-// after an evaluation; once two thirds are, the others are gathered anew.
+// A vector holds one channel of kLanes codes. An evaluation takes each tile of four vectors once: log-weights,
+// exponentials, and products with the channels while these are in L1. The log-weights of the next tile are formed before
+// the exponentials of this one, so that the processor always has independent work: both are long chains. Logarithms are
+// to base 2, which saves the exponential a product. Exponentials are taken relative to a guess of the largest
+// log-weight, that of the code which was best so far. Codes that no longer matter are marked with log p = -inf after an
+// evaluation; once two thirds are, the others are gathered anew.
 #pragma once
 
 #include "codes.h"
@@ -44,84 +45,89 @@ constexpr float kNats = 0.693147181f;  // in a bit
 
 // What one evaluation found.
 struct Weights {
-    float top, second;  // the two largest log-weights
-    float total;        // sum of 2^(log-weight - top)
+    float top;    // the largest log-weight
+    float total;  // sum of 2^(log-weight - top)
 };
 
-// Columns of the next tile, to come from L2 while this one is in the works: hardware does not follow so many streams.
-// Where they are asked for was found by trying.
-DDFAST_INLINE void ask_for(const float* next) { __builtin_prefetch(next); }
+// For each channel, the sum of weights times it, as a vector of partial sums. AVX-512 keeps eight in registers.
+template <int kChannels>
+struct Sums {
+    static constexpr bool kHeld = kChannels == 8 && kLanes == 16;
+    int64_t channels;
+    float* memory;  // [channels, kLanes], if not held
+    Vec held[kHeld ? kChannels : 1]{};
 
-// sums[c] += the weights of kVectors vectors of codes times column c.
-template <int kChannels, int kVectors>
-DDFAST_INLINE void add_products(const Codes& codes, int64_t i, const Vec* weights, int64_t channels, float* sums) {
-    const int64_t end = kChannels ? kChannels : channels;
-    const float* column = codes.columns + i;
-    for (int64_t c = 0; c < end; ++c, column += codes.stride) {
-        Vec even = load<Vec>(sums + c * kLanes), odd{};
+    explicit Sums(const State& at) : channels(kChannels ? kChannels : at.channels), memory(at.sums) {
+        if (!kHeld) __builtin_memset(memory, 0, sizeof(float) * channels * kLanes);
+    }
+
+    // A tile of codes from the i-th on.
+    __attribute__((always_inline)) inline void add(const Codes& codes, int64_t i, const Vec* weights) {
+        const float* column = codes.columns + in_blocks(i, channels);
+        if constexpr (kHeld) {
+#pragma GCC unroll 8
+            for (int c = 0; c < kChannels; ++c)
 #pragma GCC unroll 4
-        for (int k = 0; k < kVectors; k += 2) {
-            even += weights[k] * load<Vec>(column + k * kLanes);
-            odd += weights[k + 1] * load<Vec>(column + (k + 1) * kLanes);
-            if constexpr (kChannels == 32) {
-                ask_for(column + (kVectors + k) * kLanes);
-                ask_for(column + (kVectors + k + 1) * kLanes);
+                for (int k = 0; k < 4; ++k) held[c] += weights[k] * load<Vec>(column + c * kRowPad + k * kLanes);
+        } else {
+            for (int64_t c = 0; c < channels; ++c, column += kRowPad) {
+                const Vec even = load<Vec>(memory + c * kLanes) + weights[0] * load<Vec>(column) +
+                                 weights[2] * load<Vec>(column + 2 * kLanes);
+                const Vec odd = weights[1] * load<Vec>(column + kLanes) + weights[3] * load<Vec>(column + 3 * kLanes);
+                store(memory + c * kLanes, even + odd);
             }
         }
-        store(sums + c * kLanes, even + odd);
     }
-}
 
-DDFAST_INLINE void clear_sums(State& at) { __builtin_memset(at.sums, 0, sizeof(float) * at.channels * kLanes); }
+    float total(int64_t c) const {
+        if constexpr (kHeld) return sum_lanes(held[c]);
+        return sum_lanes(load<Vec>(memory + c * kLanes));
+    }
+};
 
 DDFAST_INLINE float log_weight(const Codes& codes, int64_t i, const State& at, float r) {
     float dot = codes.log_p[i] - kBits * r * r * codes.half[i];
-    for (int64_t c = 0; c < at.channels; ++c) dot += at.rz[c] * codes.columns[c * codes.stride + i];
+    for (int64_t c = 0; c < at.channels; ++c) dot += at.rz[c] * codes.columns[in_blocks(i, at.channels) + c * kRowPad];
     return dot;
 }
 
-// kVectors vectors of codes from the i-th on.
-template <int kChannels, int kVectors>
-DDFAST_INLINE void evaluate_tile(const Codes& codes, int64_t i, State& at, float r, Vec offset, float* log_w,
-                                 TopTwo& best, Vec& total) {
+// Log-weights of a tile of codes from the i-th on.
+template <int kChannels>
+DDFAST_INLINE void weigh(const Codes& codes, int64_t i, const State& at, Vec minus_r2, Vec* w) {
     const int64_t channels = kChannels ? kChannels : at.channels;
-    const Vec minus_r2 = splat(-kBits * r * r);
-    Vec w[kVectors];
-#pragma GCC unroll 8
-    for (int k = 0; k < kVectors; ++k)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k)
         w[k] = load<Vec>(codes.log_p + i + k * kLanes) + minus_r2 * load<Vec>(codes.half + i + k * kLanes);
-    const float* column = codes.columns + i;
-    for (int64_t c = 0; c < channels; ++c, column += codes.stride) {
+    const float* column = codes.columns + in_blocks(i, channels);
+    for (int64_t c = 0; c < channels; ++c, column += kRowPad) {
         const Vec rz = splat(at.rz[c]);
-#pragma GCC unroll 8
-        for (int k = 0; k < kVectors; ++k) w[k] += rz * load<Vec>(column + k * kLanes);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) w[k] += rz * load<Vec>(column + k * kLanes);
     }
-#pragma GCC unroll 8
-    for (int k = 0; k < kVectors; ++k) {
-        if constexpr (kChannels == 8)
-            for (int64_t c = 0; c < 8; ++c) ask_for(codes.columns + c * codes.stride + i + (kVectors + k) * kLanes);
-        store(log_w + i + k * kLanes, w[k]);
-        best.meet(w[k]);
-        w[k] = power_of_two(w[k] - offset);
-        total += w[k];
-    }
-    add_products<kChannels, kVectors>(codes, i, w, channels, at.sums);
 }
 
 // All log-weights at (z, r) to log_w, sealed; D to at.drift, unless `relative` is over 80 below the largest of them.
 template <int kChannels>
 Weights evaluate_near(const Codes& codes, State& at, float r, float relative, float* log_w) {
-    const Vec offset = splat(relative);
-    TopTwo best;
-    Vec total{};
-    clear_sums(at);
-    int64_t i = 0;
-    for (; i + kTile < codes.count; i += 2 * kTile)
-        evaluate_tile<kChannels, 8>(codes, i, at, r, offset, log_w, best, total);
-    for (; i < codes.count; i += kTile) evaluate_tile<kChannels, 4>(codes, i, at, r, offset, log_w, best, total);
-    Weights found{best.largest(), best.second_largest(), sum_lanes(total)};
+    const Vec offset = splat(relative), minus_r2 = splat(-kBits * r * r);
+    Vec best = splat(-kInfinity), total{}, next[4];
+    Sums<kChannels> sums(at);
+    weigh<kChannels>(codes, 0, at, minus_r2, next);
+    for (int64_t i = 0; i < codes.count; i += kTile) {
+        Vec w[4] = {next[0], next[1], next[2], next[3]};
+        if (i + kTile < codes.count) weigh<kChannels>(codes, i + kTile, at, minus_r2, next);
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+            store(log_w + i + k * kLanes, w[k]);
+            best = larger(w[k], best);
+            w[k] = power_of_two(w[k] - offset);
+            total += w[k];
+        }
+        sums.add(codes, i, w);
+    }
+    Weights found{max_lanes(best), sum_lanes(total)};
     const float share = 1.0f / found.total;
-    for (int64_t c = 0; c < at.channels; ++c) at.drift[c] = sum_lanes(load<Vec>(at.sums + c * kLanes)) * share;
+    for (int64_t c = 0; c < at.channels; ++c) at.drift[c] = sums.total(c) * share;
     found.total *= __builtin_exp2f(relative - found.top);
     return found;
 }
@@ -134,56 +140,66 @@ Weights evaluate(const Codes& codes, State& at, float r, int64_t best, float* lo
     return found.top - guess < 80.0f ? found : evaluate_near<kChannels>(codes, at, r, found.top, log_w);
 }
 
-// log p from logits, and the moments of the codes under it. `best` is where the first largest logit stands.
-// exponentials: as long as a row.
+// How far below the largest log-weight codes go: those of less than an equal share of the weight that is spared. Together
+// they have less. total: of all weights, in largest ones.
+float prune_below(const Adams& solver, float rest, float total, int64_t alive) {
+    const float weight = solver.prune * rest * total / static_cast<float>(alive);
+    return weight > 0.0f ? __builtin_log2f(weight) : kLowest;
+}
+
+// log p, less its largest, from logits, and the moments of the codes under p; lets go of the codes that do not matter at
+// r = 0 and returns how many are left. `best` is where the first largest logit stands.
 template <int kChannels>
-void start(const FlowJob& job, const Codes& codes, float max, int64_t best, int64_t row, float* exponentials,
-           State& at) {
+int64_t start(const FlowJob& job, const Codes& codes, float max, int64_t best, int64_t row, State& at) {
     const int64_t channels = at.channels;
     codes.log_p[best] = -kInfinity;  // the sums leave the most probable code out, or it would swallow the others
     Vec total{};
+    int64_t alive = 1;
     for (int64_t i = 0; i < codes.count; i += kTile) {
         for (int k = 0; k < 4; ++k) {
-            const Vec l = (load<Vec>(codes.log_p + i + k * kLanes) - max) * kBits, e = power_of_two(l);
+            const Vec l = (load<Vec>(codes.log_p + i + k * kLanes) - max) * kBits;
             store(codes.log_p + i + k * kLanes, l);
-            store(exponentials + i + k * kLanes, e);
-            total += e;
+            total += power_of_two(l);
+            alive += __builtin_popcount(at_least(l, splat(kLowest)));
         }
     }
     const float others = sum_lanes(total), log_total = kBits * __builtin_log1pf(others), share = 1.0f / (1.0f + others);
-    Vec rest{}, entropy{}, square{};
-    clear_sums(at);
+    at.rest = others * share;
+    const Vec cut = splat(prune_below(job.solver, at.rest, 1.0f + others, alive));
+    Vec logs{}, square{};
+    Sums<kChannels> sums(at);
+    alive = 1;
     for (int64_t i = 0; i < codes.count; i += kTile) {
-        Vec p[4];
+        Vec e[4];
         for (int k = 0; k < 4; ++k) {
-            const Vec l = load<Vec>(codes.log_p + i + k * kLanes) - log_total;
-            store(codes.log_p + i + k * kLanes, l);
-            p[k] = load<Vec>(exponentials + i + k * kLanes) * share;
-            rest += p[k];
-            entropy -= p[k] * larger(l, splat(-100.0f));  // 0 log 0 = 0
-            square += p[k] * load<Vec>(codes.half + i + k * kLanes);
+            const Vec l = load<Vec>(codes.log_p + i + k * kLanes);
+            e[k] = power_of_two(l);
+            logs += e[k] * larger(l, splat(-100.0f));  // 0 log 0 = 0
+            square += e[k] * load<Vec>(codes.half + i + k * kLanes);
+            store(codes.log_p + i + k * kLanes, l >= cut ? l : splat(-kInfinity));
+            alive += __builtin_popcount(at_least(l, cut));
         }
-        add_products<kChannels, 4>(codes, i, p, channels, at.sums);
+        sums.add(codes, i, e);
     }
-    codes.log_p[best] = -log_total;
-    at.rest = sum_lanes(rest);
+    codes.log_p[best] = 0.0f;
     const float* centre = job.codebook + codes.token(best) * channels;
     float along = 0.0f, size = 0.0f;
     for (int64_t c = 0; c < channels; ++c) {
-        const float first = sum_lanes(load<Vec>(at.sums + c * kLanes));
+        const float first = share * sums.total(c);
         const float shift = first - at.rest * centre[c];
         along += (first + shift) * centre[c];
         size += shift * shift;
         at.mean[c] = centre[c] + shift;
     }
-    const float spread = (2.0f * sum_lanes(square) - along - size) / static_cast<float>(channels);
-    const float bits = sum_lanes(entropy) + share * log_total;
+    const float spread = (2.0f * share * sum_lanes(square) - along - size) / static_cast<float>(channels);
+    const float bits = log_total - share * sum_lanes(logs);
     const float told = __builtin_expm1f(2.0f * kNats * bits / static_cast<float>(channels));
     at.scale = spread > 0.0f && told > 0.0f ? __builtin_sqrtf(told / spread) : 1.0f;
     at.variance = spread > 0.0f ? job.solver.shrink * job.solver.shrink * spread : 0.0f;
     __builtin_memset(at.u, 0, sizeof(float) * padded(channels));
     __builtin_memcpy(at.u, job.noise + row * channels, sizeof(float) * channels);
     for (float* slope : at.slopes) __builtin_memset(slope, 0, sizeof(float) * padded(channels));
+    return alive;
 }
 
 // log of the standard normal's distribution function.
@@ -196,8 +212,8 @@ double log_phi(double x) {
 
 // The position that wins if only the code at i and the one of the second largest log-weight are left at (z, r):
 // CodebookFlow.settle.
-int64_t settle(const FlowJob& job, const Codes& codes, const State& at, float r, int64_t i, float second,
-               const float* log_w) {
+int64_t settle(const FlowJob& job, const Codes& codes, const State& at, float r, int64_t i, const float* log_w) {
+    const float second = second_largest(log_w, codes.count);
     if (second == -kInfinity) return i;
     const int64_t j = position(log_w, codes.count, second == log_w[i] ? i + 1 : 0, second);
     const float* a = job.codebook + codes.token(i) * job.channels;
@@ -237,41 +253,38 @@ Weights step(const Adams& solver, int knot, const Codes& codes, int64_t best, fl
 }
 
 // Whether the weights have decided, by more than sums of float32 may be off.
-bool decided(const Adams& solver, const Weights& found, float rest) {
+bool decided(const Adams& solver, const Weights& found, float rest, const float* log_w, int64_t count) {
     constexpr float kRounding = 1e-6f;
-    const float w1 = 1.0f / found.total, w2 = __builtin_exp2f(found.second - found.top) / found.total;
-    return w1 > 1.0f - (solver.certain * rest - kRounding) || w1 + w2 > 1.0f - (solver.pair * rest - kRounding);
+    const float w1 = 1.0f / found.total, enough = 1.0f - (solver.pair * rest - kRounding);
+    if (w1 > 1.0f - (solver.certain * rest - kRounding)) return true;
+    if (2.0f * w1 <= enough) return false;  // the second is no larger
+    return w1 + __builtin_exp2f(second_largest(log_w, count) - found.top) / found.total > enough;
 }
 
-// Follows one token from its start; returns the position it ends at.
+// Follows one token from its start, where `alive` codes are left; returns the position it ends at.
 template <int kChannels>
-int64_t follow(const FlowJob& job, Codes& codes, int64_t row, int64_t best, State& at, Scratch& scratch) {
+int64_t follow(const FlowJob& job, Codes& codes, int64_t row, int64_t best, int64_t alive, State& at,
+               Scratch& scratch) {
     const Adams& solver = job.solver;
+    __builtin_memcpy(at.z, at.u, sizeof(float) * at.channels);
     const float* log_w = codes.log_p;  // at r = 0
-    Weights found{codes.log_p[best], -kInfinity, __builtin_exp2f(-codes.log_p[best])};
     float r = 0.0f;
     bool done = false;
-    int64_t alive = count_at_least(log_w, codes.count, kLowest);
-    __builtin_memcpy(at.z, at.u, sizeof(float) * at.channels);
-    for (int knots = 0;; ++knots) {
-        // Entries of less than an equal share of this weight go: together they have less.
-        const float weight = solver.prune * at.rest * found.total / static_cast<float>(alive);
-        const float cut = weight > 0.0f ? found.top + __builtin_log2f(weight) : kLowest;
-        const Left left = prune(codes, log_w, cut, found.top);
-        alive = left.alive;
-        if (done || alive <= 2 || knots == solver.knots) {
-            job.evaluations[row] = knots;
-            for (int64_t c = 0; c < at.channels; ++c) job.x[row * at.channels + c] = at.z[c] / (1.0f + r);
-            if (knots == 0) found.second = second_largest(log_w, codes.count);
-            return settle(job, codes, at, r, left.best, alive == 1 ? -kInfinity : found.second, log_w);
-        }
-        best = left.best;
+    int knots = 0;
+    for (; !done && alive > 2 && knots < solver.knots; ++knots) {
         if (3 * alive < codes.count && codes.count > kTile) best = squeeze(job, codes, scratch, best);
         log_w = scratch.log_w;
         r = solver.rho[knots] * at.scale;
-        found = step<kChannels>(solver, knots, codes, best, r, at, scratch.log_w);
-        done = decided(solver, found, at.rest);
+        const Weights found = step<kChannels>(solver, knots, codes, best, r, at, scratch.log_w);
+        done = decided(solver, found, at.rest, log_w, codes.count);
+        const float cut = found.top + prune_below(solver, at.rest, found.total, alive);
+        const Left left = prune(codes, log_w, cut, found.top);
+        alive = left.alive;
+        best = left.best;
     }
+    job.evaluations[row] = knots;
+    for (int64_t c = 0; c < job.channels; ++c) job.x[row * job.channels + c] = at.z[c] / (1.0f + r);
+    return alive == 1 ? best : settle(job, codes, at, r, best, log_w);
 }
 
 template <int kChannels>
@@ -279,14 +292,14 @@ void solve_row(const FlowJob& job, int64_t row, float max, Scratch& scratch) {
     State at(job, scratch.narrow);
     Codes codes;
     if (keeps_all(job.filter)) {
-        codes = {job.columns, job.half, nullptr, scratch.logits, column_stride(job.vocab), job.vocab};
+        codes = {job.columns, job.half, nullptr, scratch.logits, job.vocab};
     } else {
         const Kept kept = kept_set(scratch.logits, job.vocab, max, job.filter, scratch);
         codes = gathered(job, kept, scratch);
     }
     const int64_t best = position(codes.log_p, codes.count, 0, max);
-    start<kChannels>(job, codes, max, best, row, scratch.log_w, at);
-    const int64_t end = follow<kChannels>(job, codes, row, best, at, scratch);
+    const int64_t alive = start<kChannels>(job, codes, max, best, row, at);
+    const int64_t end = follow<kChannels>(job, codes, row, best, alive, at, scratch);
     job.tokens[row] = codes.token(end);
 }
 

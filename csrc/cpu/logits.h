@@ -30,15 +30,14 @@ DDFAST_INLINE Vec load_logits(const void* row, int64_t i) {
 
 // uncond + guidance (cond - uncond) in float64, rounded once; where both are equal, that value.
 DDFAST_INLINE HalfVec guided(HalfVec cond, HalfVec uncond, double guidance) {
-    const DoubleVec from = __builtin_convertvector(uncond, DoubleVec);
-    const DoubleVec to = __builtin_convertvector(cond, DoubleVec);
+    const DoubleVec from = to_double(uncond), to = to_double(cond);
     const DoubleVec way = to == from ? DoubleVec{} : to - from;
-    return __builtin_convertvector(from + guidance * way, HalfVec);
+    return to_float(from + guidance * way);
 }
 
-DDFAST_INLINE void store_guided(float* out, Vec cond, Vec uncond, double guidance) {
-    store(out, guided(lower_half(cond), lower_half(uncond), guidance));
-    store(out + kLanes / 2, guided(upper_half(cond), upper_half(uncond), guidance));
+DDFAST_INLINE Vec guided(Vec cond, Vec uncond, double guidance) {
+    return join(guided(lower_half(cond), lower_half(uncond), guidance),
+                guided(upper_half(cond), upper_half(uncond), guidance));
 }
 
 // Guided logits over the temperature, sealed, from one row of each; uncond may be null. Returns the largest, or NaN if
@@ -48,19 +47,20 @@ float read_row(const void* cond, const void* uncond, int64_t vocab, double guida
     constexpr int64_t kBytes = type == LogitType::kFloat32 ? 4 : 2;
     Vec top = splat(-kInfinity), odd{};
     const auto put = [&](int64_t i, const void* c, const void* u, int64_t from) {
-        const Vec plain = load_logits<type>(c, from);
-        if (uncond) {
-            store_guided(out + i, plain, load_logits<type>(u, from), guidance);
-        } else {
-            store(out + i, plain);
-        }
-        Vec v = load<Vec>(out + i);
-        if (divisor != 1.0f) store(out + i, v = v / divisor);
+        Vec v = load_logits<type>(c, from);
+        if (uncond) v = guided(v, load_logits<type>(u, from), guidance);
+        if (divisor != 1.0f) v = v / divisor;
+        store(out + i, v);
         odd += v == v ? Vec{} : splat(1.0f);
         top = larger(v, top);
     };
     const int64_t whole = vocab / kLanes * kLanes, left = vocab - whole;
-    for (int64_t i = 0; i < whole; i += kLanes) put(i, cond, uncond, i);
+    constexpr int64_t kAhead = 4096;  // bytes: a page, at whose end the processor itself stops looking ahead
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        __builtin_prefetch(static_cast<const char*>(cond) + i * kBytes + kAhead);
+        if (uncond) __builtin_prefetch(static_cast<const char*>(uncond) + i * kBytes + kAhead);
+        put(i, cond, uncond, i);
+    }
     if (left > 0) {
         char c[4 * kLanes], u[4 * kLanes];  // the last logits, repeated
         for (int64_t k = 0; k < kLanes; ++k) {

@@ -58,6 +58,42 @@ DDFAST_INLINE HalfVec upper_half(Vec v) {
 #endif
 }
 
+DDFAST_INLINE Vec join(HalfVec lower, HalfVec upper) {
+#if defined(__AVX512F__)
+    const __m512 low = _mm512_castps256_ps512(reinterpret_cast<__m256>(lower));
+    return reinterpret_cast<Vec>(_mm512_insertf32x8(low, reinterpret_cast<__m256>(upper), 1));
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_castps128_ps256(reinterpret_cast<__m128>(lower));
+    return reinterpret_cast<Vec>(_mm256_insertf128_ps(low, reinterpret_cast<__m128>(upper), 1));
+#else
+    Vec both;
+    store(&both, lower);
+    store(reinterpret_cast<float*>(&both) + kLanes / 2, upper);
+    return both;
+#endif
+}
+
+// Conversions that GCC takes apart into narrower ones.
+DDFAST_INLINE DoubleVec to_double(HalfVec v) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<DoubleVec>(_mm512_cvtps_pd(reinterpret_cast<__m256>(v)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<DoubleVec>(_mm256_cvtps_pd(reinterpret_cast<__m128>(v)));
+#else
+    return __builtin_convertvector(v, DoubleVec);
+#endif
+}
+
+DDFAST_INLINE HalfVec to_float(DoubleVec v) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<HalfVec>(_mm512_cvtpd_ps(reinterpret_cast<__m512d>(v)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<HalfVec>(_mm256_cvtpd_ps(reinterpret_cast<__m256d>(v)));
+#else
+    return __builtin_convertvector(v, HalfVec);
+#endif
+}
+
 // a > b ? a : b, and a < b ? a : b, in one instruction: compilers do not find it, for the sake of NaN and -0.
 DDFAST_INLINE Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -150,12 +186,11 @@ DDFAST_INLINE Vec power_of_two(Vec x) {
     const Vec clamped = larger(x, splat(-86.0f));
     const Vec shifted = clamped + magic;
     const Vec r = clamped - (shifted - magic);  // |r| <= 1/2
-    Vec p = splat(1.535336188e-4f);
-    p = p * r + 1.339887440e-3f;
-    p = p * r + 9.618437357e-3f;
-    p = p * r + 5.550332471e-2f;
-    p = p * r + 2.402264791e-1f;
-    p = p * r + 6.931472029e-1f;
+    Vec p = splat(1.326472731e-3f);
+    p = p * r + 9.671512991e-3f;
+    p = p * r + 5.550733581e-2f;
+    p = p * r + 2.402224243e-1f;
+    p = p * r + 6.931470037e-1f;
     p = p * r + 1.0f;
     return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(p) + (reinterpret_cast<IntVec>(shifted) << 23));
 }
