@@ -75,7 +75,7 @@ class Problem:
 
 
 def flow_config(gpu: str, vocab: int, channels: int, filter: LogitFilter, rows: int) -> RowsConfig | TilesConfig:  # noqa: A002
-    """How the flow runs: row by row, or by tiles of rows if nothing is filtered."""
+    """How the flow runs: row by row, or by tiles of rows."""
     filtered = filter.top_k > 0 or filter.cuts_mass
     config = _recorded(Problem(gpu, "flow", vocab, channels, filtered), rows) or default_flow(
         vocab, channels, filtered, rows
@@ -101,16 +101,22 @@ def nearest_config(gpu: str, vocab: int, channels: int, rows: int) -> TilesConfi
 def default_flow(vocab: int, channels: int, filtered: bool, rows: int) -> RowsConfig | TilesConfig:
     """Tiles for an unfiltered, large, narrow codebook once there are enough rows to fill a GPU with them."""
     if not filtered and vocab >= _SMALL_TILES_VOCAB and channels <= 16 and rows >= 4096:
-        return TilesConfig(block_n=32, block_v=32, num_warps=4, num_stages=2)
+        return default_tiles(channels)
     warps = min(8, _row_warps(vocab))
     block_k = max(16, min(128, 1024 * warps // triton.next_power_of_2(channels)))
     return RowsConfig(num_warps=warps, per_sm=max(1, 8 // warps), block_k=block_k, block_l=min(256, 64 * warps))
 
 
+def default_tiles(channels: int) -> TilesConfig:
+    """Tiles of the flow, fewer rows where codes are wide."""
+    wide = channels > 16
+    return TilesConfig(block_n=16 if wide else 32, block_v=64 if wide else 32, num_warps=4, num_stages=2)
+
+
 def default_filter(vocab: int) -> FilterConfig:
     """As many warps as keep a row in registers."""
     warps = _row_warps(vocab)
-    return FilterConfig(num_warps=warps, per_sm=max(1, 16 // warps), block_l=64 * warps)
+    return FilterConfig(num_warps=warps, per_sm=max(1, 16 // warps), block_l=32 * warps)
 
 
 def default_nearest(channels: int) -> TilesConfig:

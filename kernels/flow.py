@@ -2,7 +2,8 @@
 
 This kernel gives a program one row at a time, from a persistent grid. The row's logits are read once, into registers;
 what the cuts leave goes to the program's scratch as a list, which shrinks from evaluation to evaluation. So nothing of
-size [N, V] is written. For unfiltered rows there is ``flow_tiles`` as well; ``configs`` says which one runs.
+size [N, V] is written. For rows that keep much of the codebook there is ``flow_tiles`` as well; ``configs`` says which
+one runs.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def flow_adams(
     evaluations: Tensor,
     config: configs.RowsConfig | configs.TilesConfig | None = None,
 ) -> None:
-    """Follow each row's noise to its token: ``ddfast.flow.tokens`` with an ``AdamsSolver``, in one launch.
+    """Follow each row's noise to its token: ``ddfast.flow.tokens`` with an ``AdamsSolver``, in one or two launches.
 
     cond and uncond [N, V] (float32, bfloat16, float16), noise [N, C] and codebook [V, C] float32; written are tokens
     int64 [N], x float32 [N, C] (where the row was followed to) and evaluations int32 [N]. All contiguous and on one
@@ -204,7 +205,7 @@ def flow_adams(
     whose noise is not finite, -2. Nothing waits for the GPU; after a first call with this solver the call can be
     captured in a CUDA graph.
 
-    config: in place of the recorded one; tiles only where nothing is filtered.
+    config: in place of the recorded one.
     """
     rows, vocab = cond.shape
     if rows == 0:

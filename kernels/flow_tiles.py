@@ -1,8 +1,9 @@
-"""The flow for many unfiltered rows: one program follows BLOCK_N rows at once, and tensor cores do the products.
+"""The flow for many rows that keep much of the codebook: one program follows BLOCK_N rows, products on tensor cores.
 
-Nothing is pruned, since skipping an entry would not spare its row's product: so a token may take more evaluations than
-its twin. The logits are read again at each evaluation. Weights need log p only up to a constant of the row, so the
-logits stand in for it. The guided logit is computed in float32: no cut depends on its last bit.
+With a filter, ``filters.row_cuts`` is launched first, and what a row's cut leaves out gets weight 0. Nothing is pruned,
+since skipping an entry would not spare its row's product: so a token may take more evaluations than its twin. The
+logits are read again at each evaluation. Weights need log p only up to a constant of the row, so the logits stand in
+for it. The guided logit is computed in float32, unless a cut depends on its last bit.
 """
 
 from __future__ import annotations
@@ -16,21 +17,37 @@ from ddfast.flow.filters import LogitFilter
 from ddfast.flow.multistep import AdamsSolver
 
 from . import configs
+from .cuts import guided_logits
+from .filters import filter_flags, row_cuts
 from .flow_list import natural_scale
 from .flow_tables import HISTORY, combine, decided, solver_numbers, solver_tables
 from .maths import first_wins
 
 
 @triton.jit
-def _logits(cond, uncond, offset, live, guidance, temperature, GUIDED: tl.constexpr, HEATED: tl.constexpr):
+def _logits(
+    cond, uncond, offset, live, guidance: tl.float64, temperature,
+    GUIDED: tl.constexpr, HEATED: tl.constexpr, FILTERED: tl.constexpr,
+):  # fmt: skip
     """Guided logits of a tile as float32; -inf where ``live`` is not set."""
+    if FILTERED:
+        return guided_logits(cond, uncond, offset, live, guidance, temperature, GUIDED=GUIDED, HEATED=HEATED)
     logits = tl.load(cond + offset, mask=live, other=-float("inf")).to(tl.float32)
     if GUIDED:
         base = tl.load(uncond + offset, mask=live, other=-float("inf")).to(tl.float32)
-        logits = tl.where(logits == base, base, base + guidance * (logits - base))
+        logits = tl.where(logits == base, base, base + tl.cast(guidance, tl.float32) * (logits - base))
     if HEATED:
         logits = logits / temperature
     return logits
+
+
+@triton.jit
+def _kept(value, entry, cut, last, FILTERED: tl.constexpr):
+    """``value`` [N, B] of the entries [B], -inf where a row's cut [N] leaves them out."""
+    if FILTERED:
+        tied = (value == cut[:, None]) & (entry[None, :] <= last[:, None])
+        value = tl.where((value > cut[:, None]) | tied, value, -float("inf"))
+    return value
 
 
 @triton.jit
@@ -51,20 +68,29 @@ def _tile_best(weight, entry):
 
 @triton.jit
 def _moments(
-    cond, uncond, codebook, row_offset, live, guidance, temperature,
+    cond, uncond, codebook, row_offset, live, guidance: tl.float64, temperature, cut, last,
     VOCAB: tl.constexpr, CHANNELS: tl.constexpr, C_PAD: tl.constexpr, GUIDED: tl.constexpr, HEATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    FILTERED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """mean [BLOCK_N, C_PAD], std, scale and rest [BLOCK_N] of the rows, and which of them are bad."""
+    """mean [BLOCK_N, C_PAD], std, scale and rest [BLOCK_N] of the rows, and which of them are bad; how many entries are
+    possible, the first largest one, and the other one if they are two."""
     highest = tl.full([BLOCK_N], -float("inf"), tl.float32)
     top = tl.zeros([BLOCK_N], tl.int32)
     total = tl.zeros([BLOCK_N], tl.float32)
     wrong = tl.zeros([BLOCK_N], tl.int32)
+    count = tl.zeros([BLOCK_N], tl.int32)
+    indices = tl.zeros([BLOCK_N], tl.int32)  # their sum
     for start in range(0, VOCAB, BLOCK_V):
         entry = start + tl.arange(0, BLOCK_V)
         mask = live[:, None] & (entry < VOCAB)[None, :]
-        value = _logits(cond, uncond, row_offset + entry[None, :], mask, guidance, temperature, GUIDED, HEATED)
+        value = _logits(
+            cond, uncond, row_offset + entry[None, :], mask, guidance, temperature, GUIDED, HEATED, FILTERED
+        )
         wrong += tl.sum(((value != value) | (value == float("inf"))).to(tl.int32), 1)
+        value = _kept(value, entry, cut, last, FILTERED)
+        possible = value > -float("inf")
+        count += tl.sum(possible.to(tl.int32), 1)
+        indices += tl.sum(tl.where(possible, entry[None, :], 0), 1)
         best, index = _tile_best(value, entry)
         top = tl.where(best > highest, index, top)
         higher = tl.maximum(highest, best)
@@ -81,7 +107,10 @@ def _moments(
     for start in range(0, VOCAB, BLOCK_V):
         entry = start + tl.arange(0, BLOCK_V)
         mask = live[:, None] & (entry < VOCAB)[None, :]
-        value = _logits(cond, uncond, row_offset + entry[None, :], mask, guidance, temperature, GUIDED, HEATED)
+        value = _logits(
+            cond, uncond, row_offset + entry[None, :], mask, guidance, temperature, GUIDED, HEATED, FILTERED
+        )
+        value = _kept(value, entry, cut, last, FILTERED)
         log_p = (value - highest[:, None]) - log_total[:, None]
         p = tl.exp(log_p)
         entropy -= tl.sum(tl.where(p > 0, p * log_p, 0.0), 1)
@@ -96,14 +125,14 @@ def _moments(
     shift = first - rest[:, None] * centre
     second = 2 * half - tl.sum((first + shift) * centre, 1)
     std, scale = natural_scale(second - tl.sum(shift * shift, 1), entropy, CHANNELS)
-    return centre + shift, std, scale, rest, bad
+    return centre + shift, std, scale, rest, bad, count, top, tl.where(count == 2, indices - top, top)
 
 
 @triton.jit
 def _posterior(
-    cond, uncond, codebook, row_offset, live, guidance, temperature, z, r,
+    cond, uncond, codebook, row_offset, live, guidance: tl.float64, temperature, cut, last, z, r,
     VOCAB: tl.constexpr, CHANNELS: tl.constexpr, C_PAD: tl.constexpr, GUIDED: tl.constexpr, HEATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    FILTERED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """At z [BLOCK_N, C_PAD] and r [BLOCK_N]: D, the two largest weights, and the indices that have them.
 
@@ -120,7 +149,10 @@ def _posterior(
     for start in range(0, VOCAB, BLOCK_V):
         entry = start + tl.arange(0, BLOCK_V)
         mask = live[:, None] & (entry < VOCAB)[None, :]
-        value = _logits(cond, uncond, row_offset + entry[None, :], mask, guidance, temperature, GUIDED, HEATED)
+        value = _logits(
+            cond, uncond, row_offset + entry[None, :], mask, guidance, temperature, GUIDED, HEATED, FILTERED
+        )
+        value = _kept(value, entry, cut, last, FILTERED)
         code, half_square = _codes(codebook, entry, VOCAB, CHANNELS, C_PAD)
         weight = tl.dot(point, tl.trans(code), input_precision="tf32x3") - square * half_square[None, :] + value
 
@@ -150,8 +182,8 @@ def _posterior(
 
 @triton.jit
 def _settle(
-    cond, uncond, codebook, row_offset, live, guidance, temperature, i, j, z, r,
-    CHANNELS: tl.constexpr, C_PAD: tl.constexpr, GUIDED: tl.constexpr, HEATED: tl.constexpr,
+    cond, uncond, codebook, row_offset, live, guidance: tl.float64, temperature, i, j, z, r,
+    CHANNELS: tl.constexpr, C_PAD: tl.constexpr, GUIDED: tl.constexpr, HEATED: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
     """Which of the codes i and j [BLOCK_N] the flow ends at; see ``CodebookFlow.settle``."""
     channel = tl.arange(0, C_PAD)
@@ -163,8 +195,10 @@ def _settle(
     wide = r.to(tl.float64)
     middle = z.to(tl.float64) - 0.5 * wide[:, None] * (code_i + code_j)
     along = tl.sum(middle * away, 1) / tl.where(gap > 0, gap, 1.0)
-    log_i = _logits(cond, uncond, row_offset + i[:, None], live[:, None], guidance, temperature, GUIDED, HEATED)
-    log_j = _logits(cond, uncond, row_offset + j[:, None], live[:, None], guidance, temperature, GUIDED, HEATED)
+    at_i = row_offset + i[:, None]
+    log_i = _logits(cond, uncond, at_i, live[:, None], guidance, temperature, GUIDED, HEATED, FILTERED)
+    at_j = row_offset + j[:, None]
+    log_j = _logits(cond, uncond, at_j, live[:, None], guidance, temperature, GUIDED, HEATED, FILTERED)
     wins = first_wins(tl.sum(log_i, 1), tl.sum(log_j, 1), along, 0.5 * wide * gap)
     return tl.where(wins, i, j)
 
@@ -180,9 +214,11 @@ def tiles_kernel(
     x,  # [rows, CHANNELS] float32
     evaluations,  # [rows] int32
     slopes,  # [programs, 8, BLOCK_N, C_PAD] float32
+    cuts,  # [rows] float32; read if FILTERED
+    lasts,  # [rows] int32; read if FILTERED
     rows,
     steps,
-    guidance,
+    guidance: tl.float64,
     temperature,
     offset,
     shrink,
@@ -193,6 +229,7 @@ def tiles_kernel(
     HISTORY: tl.constexpr,
     GUIDED: tl.constexpr,
     HEATED: tl.constexpr,
+    FILTERED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     C_PAD: tl.constexpr,
@@ -210,17 +247,30 @@ def tiles_kernel(
 
     u = tl.load(noise + place, mask=inside, other=0.0)
     noise_wrong = tl.sum(((u != u) | (tl.abs(u) == float("inf"))).to(tl.int32), 1) > 0
-    mean, std, scale, rest, bad = _moments(
-        cond, uncond, codebook, row_offset, live, guidance, temperature,
-        VOCAB, CHANNELS, C_PAD, GUIDED, HEATED, BLOCK_N, BLOCK_V,
+    cut = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    last = tl.zeros([BLOCK_N], tl.int32)
+    if FILTERED:
+        cut = tl.load(cuts + at, mask=live, other=0.0)
+        last = tl.load(lasts + at, mask=live, other=0)
+    mean, std, scale, rest, bad, count, top, other = _moments(
+        cond, uncond, codebook, row_offset, live, guidance, temperature, cut, last,
+        VOCAB, CHANNELS, C_PAD, GUIDED, HEATED, FILTERED, BLOCK_N, BLOCK_V,
     )  # fmt: skip
-    refused = live & (bad | noise_wrong)
-    tl.store(tokens + at, tl.zeros([BLOCK_N], tl.int64), mask=refused)
-    tl.store(x + place, tl.full([BLOCK_N, C_PAD], float("nan"), tl.float32), mask=inside & refused[:, None])
-    tl.store(evaluations + at, tl.where(bad, -1, -2), mask=refused)
+    good = live & ~(bad | noise_wrong)
+    few = good & (count <= 2)
+    i = tl.where(few, top, 0)
+    j = tl.where(few, other, 0)
+    token = _settle(
+        cond, uncond, codebook, row_offset, live, guidance, temperature, i, j, u, tl.zeros([BLOCK_N], tl.float32),
+        CHANNELS, C_PAD, GUIDED, HEATED, FILTERED,
+    )  # fmt: skip
+    ended = few | (live & ~good)
+    tl.store(tokens + at, tl.where(few, token, 0).to(tl.int64), mask=ended)
+    tl.store(x + place, tl.where(few[:, None], u, float("nan")), mask=inside & ended[:, None])
+    tl.store(evaluations + at, tl.where(few, 0, tl.where(bad, -1, -2)), mask=ended)
 
     std *= shrink
-    waiting = (live & ~(bad | noise_wrong)).to(tl.int32)
+    waiting = (good & ~few).to(tl.int32)
     step = tl.sum(waiting, 0) * 0
     while tl.sum(waiting, 0) > 0:
         rho = tl.load(knots + step * HISTORY)
@@ -228,8 +278,9 @@ def tiles_kernel(
         g = tl.sqrt(1 + r * std * (r * std))[:, None]
         guess = combine(u, tables + step * HISTORY, ring, step, SLOT=BLOCK_N * C_PAD, FIRST=0, HISTORY=HISTORY)
         field, w1, w2, i, j = _posterior(
-            cond, uncond, codebook, row_offset, live, guidance, temperature, g * guess + r[:, None] * mean, r,
-            VOCAB, CHANNELS, C_PAD, GUIDED, HEATED, BLOCK_N, BLOCK_V,
+            cond, uncond, codebook, row_offset, live, guidance, temperature, cut, last,
+            g * guess + r[:, None] * mean, r,
+            VOCAB, CHANNELS, C_PAD, GUIDED, HEATED, FILTERED, BLOCK_N, BLOCK_V,
         )  # fmt: skip
         pull = (field - mean - (std * std * r)[:, None] * guess / g) / g
         slope = ((offset + rho) * scale)[:, None] * pull
@@ -247,7 +298,7 @@ def tiles_kernel(
             j = tl.where(leaving & (w2 > 0), j, i)
             token = _settle(
                 cond, uncond, codebook, row_offset, live, guidance, temperature, i, j, z, r,
-                CHANNELS, C_PAD, GUIDED, HEATED,
+                CHANNELS, C_PAD, GUIDED, HEATED, FILTERED,
             )  # fmt: skip
             tl.store(tokens + at, token.to(tl.int64), mask=leaving)
             tl.store(x + place, z / (1 + r)[:, None], mask=inside & leaving[:, None])
@@ -268,8 +319,11 @@ def launch_tiles(
     evaluations: Tensor,
     config: configs.TilesConfig,
 ) -> None:
-    """``flow.flow_adams`` without top-k and top-p (only the filter's temperature counts), for at least one row."""
+    """``flow.flow_adams``, for at least one row."""
     rows, vocab = cond.shape
+    flags = filter_flags(filter)
+    filtered = flags["TOP_K"] or flags["TOP_P"]
+    cuts, lasts = row_cuts(cond, uncond, guidance, filter) if filtered else (x, evaluations)
     programs = triton.cdiv(rows, config.block_n)
     c_pad = max(16, triton.next_power_of_2(codebook.shape[1]))
     with torch.cuda.device_of(cond):
@@ -283,6 +337,8 @@ def launch_tiles(
             x,
             evaluations,
             torch.empty((programs, 8, config.block_n, c_pad), dtype=torch.float32, device=cond.device),
+            cuts,
+            lasts,
             rows,
             len(solver.knots),
             guidance,
@@ -292,7 +348,8 @@ def launch_tiles(
             CHANNELS=codebook.shape[1],
             HISTORY=HISTORY,
             GUIDED=uncond is not None,
-            HEATED=filter.divisor != 1.0,
+            HEATED=flags["HEATED"],
+            FILTERED=filtered,
             BLOCK_N=config.block_n,
             BLOCK_V=config.block_v,
             C_PAD=c_pad,

@@ -76,9 +76,7 @@ def _problem(
     noise, x = normal(rows, channels), torch.empty(rows, channels, device=device)
     evaluations, solver = torch.empty(rows, dtype=torch.int32, device=device), make_solver()
     assert isinstance(solver, AdamsSolver)
-    found: list[configs.Config] = list(_rows_candidates(vocab))
-    if not (keep.top_k or keep.cuts_mass):
-        found += _tiles_candidates()
+    found: list[configs.Config] = [*_rows_candidates(vocab), *_tiles_candidates()]
     return lambda config: flow_adams(
         cond, uncond, noise, codebook, 1.5, keep, solver, tokens, x, evaluations, config
     ), found

@@ -114,6 +114,12 @@ FLOW: dict[str, Case] = {
     "tiles, bad rows": Case(45, 4, rows=7, guidance=None, change=_bad, tiles=True),
     "tiles, impossible tokens": Case(50, 20, change=_impossible, tiles=True),
     "tiles, duplicate codes": Case(48, 4, change=_duplicates, tiles=True),
+    "tiles, top-k": Case(77, 3, LogitFilter(top_k=30), tiles=True, rows=18),
+    "tiles, top-p": Case(60, 8, LogitFilter(top_p=0.9), tiles=True),
+    "tiles, VAR, bfloat16": Case(100, 5, VAR, dtype=torch.bfloat16, tiles=True),
+    "tiles, llamagen, ties": Case(64, 4, LLAMAGEN, change=_equal, tiles=True),
+    "tiles, bad rows, filtered": Case(45, 4, VAR, rows=7, guidance=None, change=_bad, tiles=True),
+    "tiles, one kept": Case(50, 4, LogitFilter(top_k=1), tiles=True),
 }
 FILTERS: dict[str, LogitFilter] = {
     "off": LogitFilter(),

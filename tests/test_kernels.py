@@ -70,7 +70,7 @@ def test_flow(solved: dict[str, Any], name: str) -> None:
 
 
 def test_flow_names_bad_rows(solved: dict[str, Any]) -> None:
-    for name in ("bad rows", "tiles, bad rows"):
+    for name in ("bad rows", "tiles, bad rows", "tiles, bad rows, filtered"):
         tokens, x, evaluations = solved["flow"][name]
         assert (evaluations < 0).tolist() == [False, True, True, True, True, True, False]
         assert evaluations[1:6].tolist() == [-1, -1, -1, -2, -2]
@@ -128,15 +128,18 @@ REAL = {
     "LlamaGen top-k 2000": Case(16384, 8, LogitFilter(top_k=2000, rule="llamagen"), rows=300, fine=True),
     "LlamaGen top-k 8000": Case(16384, 8, LogitFilter(top_k=8000, rule="llamagen"), rows=300, fine=True),
     "LlamaGen tiles": Case(16384, 8, LogitFilter(rule="llamagen"), rows=4200, fine=True, tiles=True),
+    "VAR tiles": Case(4096, 32, LogitFilter(top_k=900, top_p=0.95), rows=1000, fine=True, tiles=True),
 }
 
 
 def _launch(case: Case, values: dict[str, Tensor], out: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Run the flow with the configuration of the GPU."""
+    """Run the flow with the configuration of the GPU, or by tiles."""
+    from ddfast.kernels import configs
     from ddfast.kernels.flow import flow_adams
 
     guided = (values["cond"], values.get("uncond"), values["noise"], values["codebook"], case.guidance or 1.0)
-    flow_adams(*guided, case.keep, case.solver, *out)
+    tiles = configs.default_tiles(case.channels) if case.tiles else None
+    flow_adams(*guided, case.keep, case.solver, *out, config=tiles)
 
 
 def _outputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +171,7 @@ def test_flow_at_real_size(name: str) -> None:
 @gpu
 @needs_gpu
 @needs_triton
-@pytest.mark.parametrize("name", ["VAR fp32", "LlamaGen tiles"])
+@pytest.mark.parametrize("name", ["VAR fp32", "LlamaGen tiles", "VAR tiles"])
 def test_cuda_graph(name: str) -> None:
     """A captured call follows what its inputs hold when it is replayed."""
     case = REAL[name]

@@ -66,13 +66,14 @@ def flow_case(name: str, shape: tuple[int, int], keep: LogitFilter, dtype: str, 
     return Case(name, flow.flow_kernel, values, {"num_warps": config.num_warps})
 
 
-def tiles_case(name: str, shape: tuple[int, int], dtype: str, guided: bool) -> Case:
+def tiles_case(name: str, shape: tuple[int, int], dtype: str, guided: bool = True, filtered: bool = False) -> Case:
     vocab, channels = shape
-    config = configs.default_flow(vocab, channels, False, 65536)
-    assert isinstance(config, configs.TilesConfig)
+    config = configs.default_tiles(channels)
     values = {
-        **dict.fromkeys(("noise", "codebook", "tables", "x", "slopes"), "*fp32"),
-        **dict.fromkeys(("guidance", "temperature", "offset", "shrink", "certain", "pair"), "fp32"),
+        **dict.fromkeys(("noise", "codebook", "tables", "x", "slopes", "cuts"), "*fp32"),
+        **dict.fromkeys(("temperature", "offset", "shrink", "certain", "pair"), "fp32"),
+        "guidance": "fp64",
+        "lasts": "*i32",
         "cond": dtype,
         "uncond": dtype,
         "tokens": "*i64",
@@ -83,6 +84,7 @@ def tiles_case(name: str, shape: tuple[int, int], dtype: str, guided: bool) -> C
         "HISTORY": HISTORY,
         "GUIDED": guided,
         "HEATED": False,
+        "FILTERED": filtered,
         "BLOCK_N": config.block_n,
         "BLOCK_V": config.block_v,
         "C_PAD": max(16, _block(channels)),
@@ -104,6 +106,13 @@ def filter_case(name: str, vocab: int, keep: LogitFilter) -> Case:
         "BLOCK_L": config.block_l,
     }
     return Case(name, filters.filter_kernel, values, {"num_warps": config.num_warps})
+
+
+def cuts_case(name: str, vocab: int, keep: LogitFilter, dtype: str) -> Case:
+    values = filter_case(name, vocab, keep).values
+    values |= {"cond": dtype, "uncond": dtype, "cuts": "*fp32", "lasts": "*i32", "guidance": "fp64", "GUIDED": True}
+    values = {name: value for name, value in values.items() if name not in ("logits", "out")}
+    return Case(name, filters.cuts_kernel, values, {"num_warps": configs.default_filter(vocab).num_warps})
 
 
 def nearest_case(name: str, shape: tuple[int, int], dtype: str) -> Case:
@@ -129,8 +138,10 @@ CASES = [
     flow_case("flow rows VAR fp32", VAR, VAR_FILTER, "*fp32"),
     flow_case("flow rows LlamaGen top-k 2000", LLAMAGEN, LogitFilter(top_k=2000, rule="llamagen"), "*bf16"),
     flow_case("flow rows LlamaGen unfiltered", LLAMAGEN, LogitFilter(rule="llamagen"), "*fp32"),
-    tiles_case("flow tiles LlamaGen fp32", LLAMAGEN, "*fp32", guided=True),
+    tiles_case("flow tiles LlamaGen fp32", LLAMAGEN, "*fp32"),
     tiles_case("flow tiles LlamaGen bf16 unguided", LLAMAGEN, "*bf16", guided=False),
+    tiles_case("flow tiles VAR bf16", VAR, "*bf16", filtered=True),
+    cuts_case("cuts VAR bf16", VAR[0], VAR_FILTER, "*bf16"),
     filter_case("filter VAR", VAR[0], VAR_FILTER),
     filter_case("filter LlamaGen", LLAMAGEN[0], LogitFilter(temperature=0.9, top_k=2000, top_p=0.8, rule="llamagen")),
     nearest_case("nearest VAR fp32", VAR, "*fp32"),
