@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .flow.filters import RULES, LogitFilter
 from .flow.multistep import AdamsSolver, adams_tables
 
@@ -85,31 +86,34 @@ def flow_adams(
     """Write what ``ddfast.ops.flow`` returns to ``tokens`` int64 [N], ``x`` float32 [N, C], ``evaluations`` int32 [N].
 
     All are contiguous and on the CPU: ``cond`` and ``uncond`` [N, V] of one of float32, bfloat16 and float16, ``noise``
-    [N, C] and ``codebook`` [V, C] float32.
+    [N, C] and ``codebook`` [V, C] float32. UserError for a codebook that is not finite.
     """
     (rows, vocab), channels = cond.shape, noise.shape[1]
-    _C.flow_cpu(
-        cond.data_ptr(),
-        0 if uncond is None else uncond.data_ptr(),
-        _LOGIT_TYPES[cond.dtype],
-        noise.data_ptr(),
-        codebook.data_ptr(),
-        rows,
-        vocab,
-        channels,
-        guidance,
-        *_filter_numbers(filter),
-        solver.knots,
-        *adams_tables(solver),
-        solver.offset,
-        solver.shrink,
-        solver.certain,
-        solver.pair,
-        solver.prune,
-        tokens.data_ptr(),
-        x.data_ptr(),
-        evaluations.data_ptr(),
-    )
+    try:
+        _C.flow_cpu(
+            cond.data_ptr(),
+            0 if uncond is None else uncond.data_ptr(),
+            _LOGIT_TYPES[cond.dtype],
+            noise.data_ptr(),
+            codebook.data_ptr(),
+            rows,
+            vocab,
+            channels,
+            guidance,
+            *_filter_numbers(filter),
+            solver.knots,
+            *adams_tables(solver),
+            solver.offset,
+            solver.shrink,
+            solver.certain,
+            solver.pair,
+            solver.prune,
+            tokens.data_ptr(),
+            x.data_ptr(),
+            evaluations.data_ptr(),
+        )
+    except ValueError as error:  # the codebook
+        raise UserError(str(error)) from None
 
 
 def filter_rows(logits: Tensor, filter: LogitFilter, out: Tensor) -> None:  # noqa: A002 - the field's word

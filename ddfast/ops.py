@@ -17,7 +17,7 @@ from ._library import Backend, backend, backends, encode_solver, forced
 from .errors import UserError
 from .flow import FlowResult, LogitFilter, Solver
 from .flow.filters import check_filter
-from .flow.tokens import check_flow_arguments, raise_bad_rows
+from .flow.tokens import check_codebook, check_flow_arguments, raise_bad_rows
 
 __all__ = [
     "Backend",
@@ -72,7 +72,7 @@ def flow(
 
     Raises:
         UserError: for shapes, dtypes or devices that do not fit, and, with check, for the first row whose guided logits
-            hold NaN or +inf or nothing finite, or whose noise is not finite.
+            hold NaN or +inf or nothing finite, or whose noise is not finite, and for a codebook that is not finite.
 
     >>> result = flow(cond, uncond, noise, teacher.codebook, guidance=2.0,
     ...               filter=LogitFilter(top_k=900, top_p=0.95), solver=make_solver("adams", 10))
@@ -82,6 +82,8 @@ def flow(
     result = FlowResult(*_flow(cond, uncond, noise, codebook, guidance, *keep, encode_solver(solver)))
     if check and not torch.compiler.is_compiling() and not (cond.is_cuda and torch.cuda.is_current_stream_capturing()):
         raise_bad_rows(result.evaluations)
+        if not bool(result.x.isfinite().all()):  # as a code that is not finite makes every x
+            check_codebook(codebook.to(result.x.dtype))
     return result
 
 

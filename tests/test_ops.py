@@ -254,6 +254,15 @@ def test_bad_rows_are_named(
     assert (result.tokens[bad] == 0).all() and result.x[bad].isnan().all() and result.x[~bad].isfinite().all()
 
 
+@paths
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1e20])
+def test_a_codebook_that_is_not_finite_is_refused(path: ops.Backend, value: float) -> None:
+    given = inputs()
+    given["codebook"][17, 2] = value
+    with ops.forced(path), pytest.raises(UserError, match="codebook row 17 is not finite, or overflows"):
+        ops.flow(**given, **OPTIONS)
+
+
 # Graphs
 
 

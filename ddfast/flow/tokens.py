@@ -118,6 +118,15 @@ def check_flow_arguments(
     check_filter(filter, v)
 
 
+def check_codebook(codebook: Tensor) -> None:
+    """Raise UserError for the first row of [V, C] that is not finite or overflows squared. Waits for the device."""
+    bad = (~codebook.square().sum(1).isfinite()).nonzero()
+    if len(bad):
+        raise UserError(
+            f"codebook row {int(bad[0])} is not finite, or overflows when squared: check the tokenizer's weights"
+        )
+
+
 def raise_bad_rows(evaluations: Tensor) -> None:
     """Raise UserError for the first row of [N], or row and position of [N, L], that carries BAD_LOGITS or BAD_NOISE.
 
