@@ -84,7 +84,8 @@ def _problem(
 
 def _rows_candidates(vocab: int) -> Iterator[configs.RowsConfig]:
     least = min(8, configs.default_filter(vocab).num_warps)
-    for warps, block_k, block_l, registers in product((least, 2 * least), (64, 128, 256), (32, 64), (None, 128, 96)):
+    sizes = product((least, 2 * least), (32, 64, 128, 256), (32, 64), (None, 128, 96))
+    for warps, block_k, block_l, registers in sizes:
         fit = 65536 // ((registers or 224) * 32 * warps)  # programs whose registers a processor can hold
         yield configs.RowsConfig(warps, max(1, fit), block_k, block_l * warps, registers)
 
