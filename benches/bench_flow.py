@@ -1,6 +1,6 @@
 """Logits to tokens on a CPU core: exactness against the float64 twin, speed against plain torch and a floor, memory.
 
-    python benches/bench_flow.py            # about three minutes on one core
+    python benches/bench_flow.py            # about two minutes on one core
     python benches/bench_flow.py --quick    # a smoke run of 10 seconds
 
 Guided logits are fresh problems of benches/problems.py. The plain formulation (benches/naive.py: sort-based filter, ten

@@ -85,6 +85,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("cpu_levels", &ddfast::cpu::levels);
     module.def("cpu_level", &ddfast::cpu::level);
     module.def("set_cpu_level", &ddfast::cpu::set_level, py::arg("name"));
+    module.def("set_poison", &ddfast::cpu::set_poison, py::arg("on"));
     module.def(
         "normal_noise_cpu",
         [](uint64_t seed, uintptr_t pairs, int64_t num_pairs, int64_t start, int64_t stop, int64_t channels,

@@ -56,6 +56,16 @@ def cpu_level(name: str) -> Iterator[None]:
         _C.set_cpu_level(before)
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill the CPU loops' scratch with NaN before each row, for tests: what is read before it is written shows."""
+    _C.set_poison(True)
+    try:
+        yield
+    finally:
+        _C.set_poison(False)
+
+
 def normal_noise(seed: int, pairs: Tensor, start: int, stop: int, channels: int, out: Tensor) -> None:
     """Write ``ddfast.noise.normal_noise(seed, pairs, start, stop, channels)`` to ``out``.
 

@@ -71,21 +71,23 @@ def _problem(
     tokens, codebook = torch.empty(rows, dtype=torch.int64, device=device), normal(vocab, channels)
     if operation == "nearest":
         points = normal(rows, channels, dtype=dtype)
-        return lambda config: nearest_code(points, codebook, tokens, config), list(_tiles_candidates())
+        return lambda config: nearest_code(points, codebook, tokens, config), list(_tiles_candidates(stages=(1, 2, 3)))
     cond, uncond = (3 * normal(rows, vocab, dtype=dtype) for _ in range(2))
     noise, x = normal(rows, channels), torch.empty(rows, channels, device=device)
     evaluations, solver = torch.empty(rows, dtype=torch.int32, device=device), make_solver()
     assert isinstance(solver, AdamsSolver)
-    found: list[configs.Config] = [*_rows_candidates(vocab), *_tiles_candidates()]
+    found: list[configs.Config] = [*_rows_candidates(vocab, channels), *_tiles_candidates(stages=(2,))]
     return lambda config: flow_adams(
         cond, uncond, noise, codebook, 1.5, keep, solver, tokens, x, evaluations, config
     ), found
 
 
-def _rows_candidates(vocab: int) -> Iterator[configs.RowsConfig]:
+def _rows_candidates(vocab: int, channels: int) -> Iterator[configs.RowsConfig]:
     least = min(8, configs.default_filter(vocab).num_warps)
-    sizes = product((least, 2 * least), (32, 64, 128, 256), (32, 64), (None, 128, 96))
-    for warps, block_k, block_l, registers in sizes:
+    # Few, since each takes seconds to compile: codes at a time by the entries they fill, list entries by warps.
+    sizes = product((least, 2 * least), (1024, 2048, 4096), (32, 64), (None, 128))
+    for warps, entries, block_l, registers in sizes:
+        block_k = max(16, entries // triton.next_power_of_2(channels))
         fit = 65536 // ((registers or 224) * 32 * warps)  # programs whose registers a processor can hold
         yield configs.RowsConfig(warps, max(1, fit), block_k, block_l * warps, registers)
 
@@ -96,10 +98,10 @@ def _filter_candidates() -> Iterator[configs.FilterConfig]:
             yield configs.FilterConfig(warps, per_sm, block_l * warps)
 
 
-def _tiles_candidates() -> Iterator[configs.TilesConfig]:
-    for block_n, block_v, warps, stages in product((16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)):
+def _tiles_candidates(stages: tuple[int, ...]) -> Iterator[configs.TilesConfig]:
+    for block_n, block_v, warps, depth in product((16, 32, 64, 128), (32, 64, 128), (4, 8), stages):
         if block_n * block_v <= 8192:
-            yield configs.TilesConfig(block_n, block_v, warps, stages)
+            yield configs.TilesConfig(block_n, block_v, warps, depth)
 
 
 def _time(run: Run, config: configs.Config) -> float | None:

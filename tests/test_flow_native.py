@@ -25,9 +25,11 @@ DENSE = LogitFilter(rule="llamagen")
 
 @pytest.fixture(params=_native.cpu_levels(), autouse=True)
 def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each test once an instruction set."""
-    with _native.cpu_level(request.param), ops.forced("native"):
+    """Each test once an instruction set, with NaN in scratch and in outputs that are not yet written."""
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
+    with _native.cpu_level(request.param), _native.poisoned(), ops.forced("native"):
         yield
+    torch.use_deterministic_algorithms(False)
 
 
 def problem(n: int, vocab: int, channels: int, seed: int, spread: float = 2.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -32,7 +32,7 @@ def nearest(request: pytest.FixtureRequest) -> Iterator[Nearest]:
     if request.param == "torch":
         yield twin.nearest_code
     else:
-        with _native.cpu_level(request.param):
+        with _native.cpu_level(request.param), _native.poisoned():
             yield native
 
 

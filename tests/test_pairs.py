@@ -149,6 +149,17 @@ def test_overflowing_logits_are_an_error_naming_image_and_position(
     assert len(calls) == len(teacher.groups)
 
 
+def test_a_codebook_that_is_not_finite_is_refused_before_anything_is_written(
+    tmp_path: Path, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, broken = manifest_of(teacher), teacher.codebook.clone()
+    broken[3, 1] = torch.nan
+    monkeypatch.setattr(type(teacher), "codebook", broken)
+    with pytest.raises(UserError, match="codebook row 3 is not finite"):
+        make(tmp_path, teacher, manifest)
+    assert not contents(tmp_path)
+
+
 def test_ranks_share_a_folder(tmp_path: Path, teacher: Teacher) -> None:
     manifest = manifest_of(teacher)
     make(tmp_path / "one", teacher, manifest)

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 
@@ -40,6 +41,11 @@ Level& current() {
     return chosen;
 }
 
+bool& poison() {
+    static bool on = false;
+    return on;
+}
+
 // Floats that start a cache line. A thread keeps its own from call to call, since fresh memory costs a page fault every
 // 4 KiB; what is in them is of no use.
 class Floats {
@@ -49,6 +55,7 @@ class Floats {
             memory_.reset(new (std::align_val_t{64}) float[count]);
             count_ = count;
         }
+        if (poison()) std::memset(memory_.get(), 0xff, sizeof(float) * count);
         return memory_.get();
     }
 
@@ -88,7 +95,10 @@ void for_rows(int64_t rows, int64_t vocab, int64_t channels, const Body& body) {
     {
         Scratch scratch = scratch_of_thread(vocab, channels);
 #pragma omp for schedule(dynamic, 4)
-        for (int64_t row = 0; row < rows; ++row) body(row, scratch);
+        for (int64_t row = 0; row < rows; ++row) {
+            if (poison()) scratch = scratch_of_thread(vocab, channels);
+            body(row, scratch);
+        }
     }
 }
 
@@ -101,6 +111,8 @@ std::vector<std::string> levels() {
 }
 
 std::string level() { return current().name; }
+
+void set_poison(bool on) { poison() = on; }
 
 void set_level(const std::string& name) {
     for (const Level& level : supported()) {

@@ -24,6 +24,10 @@ extern const Kernels v4_kernels;
 std::vector<std::string> levels();
 // The one in use: the best, until set_level chooses another of levels().
 std::string level();
+// From now on, whether scratch is filled with NaN (-1 as an integer) before each row. Tests see so what is read before it
+// is written.
+void set_poison(bool on);
+
 // Throws std::invalid_argument for a name that is not in levels().
 void set_level(const std::string& name);
 

@@ -14,7 +14,7 @@ from .. import ops
 from ..errors import UserError
 from ..files import remove_abandoned
 from ..flow import Solver, solver_from_dict
-from ..flow.tokens import raise_bad_rows
+from ..flow.tokens import check_codebook, raise_bad_rows
 from ..models import Sampling, Teacher
 from .manifest import FILE, Manifest, claim, read_manifest, require_same
 from .store import Run, read_shard, shard_path, write_shard
@@ -140,7 +140,12 @@ class Plan:
 
 
 def execute(plan: Plan, teacher: Teacher, batch: int, done: Callable[[int], None] = lambda n: None) -> None:
-    """Make the missing shards of a plan. Interrupted anywhere, only whole shards remain, and a new plan finishes."""
+    """Make the missing shards of a plan. Interrupted anywhere, only whole shards remain, and a new plan finishes.
+
+    Raises:
+        UserError: the teacher's codebook is not finite; nothing has been written then.
+    """
+    check_codebook(teacher.codebook)
     claim(plan.folder, plan.manifest)
     remove_abandoned(plan.folder)
     run = run_of(teacher, batch)
