@@ -5,6 +5,7 @@ On a CPU device everything runs too, at toy sizes, for tests.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from flow_cases import SETTINGS, Guided, Setting, count_work, guided_problem
 from torch import Tensor
 
-from ddfast import ops
+from ddfast import layers, ops
 from ddfast.flow import LogitFilter, make_solver
 
 Run = Callable[[], object]
@@ -269,6 +270,202 @@ def _noise(pairs: int, positions: int, channels: int, device: torch.device) -> P
     )
 
 
+# What is between a transformer's matrix products: R rows of a batch, n positions, width D, H heads of width d.
+
+Arguments = dict[str, Any]
+_PATTERN = 2**20 + 1  # numbers that are drawn; tensors repeat them
+
+
+@lru_cache(maxsize=1)
+def _pattern() -> Tensor:
+    return torch.randn(_PATTERN, generator=torch.Generator().manual_seed(6))
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    count = math.prod(shape)
+    return _pattern().to(dtype).repeat(-(-count // _PATTERN))[:count].view(shape)
+
+
+def _layer_case(
+    operation: str, size: str, make: Callable[[int], Arguments], rows: int, moved: float, flop: float = 0, **plain: Any
+) -> Case:
+    """An operation of ddfast.layers, which is the plain formulation, and others by name that take the same arguments.
+
+    make: arguments for a number of rows; "out" is left unwritten. moved: bytes.
+    """
+    facts = {"rows": rows, "size": size}
+    return Case(f"{operation} {size}", partial(_layer, operation, make, rows, moved, flop, plain), facts)
+
+
+def _layer(
+    operation: str,
+    make: Callable[[int], Arguments],
+    rows: int,
+    moved: float,
+    flop: float,
+    plain: dict[str, Callable[..., None]],
+    device: torch.device,
+) -> Prepared:
+    fused, twin = getattr(ops, operation), getattr(layers, operation)
+
+    def on(place: torch.device, given: Arguments) -> Arguments:
+        return {name: value.to(place) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+    def check() -> dict[str, float]:
+        """Of what a few rows write, the part that the CPU gives, too, within the rounding of the model's numbers."""
+        got, want = (on(place, make(min(rows, 4))) for place in (device, torch.device("cpu")))
+        fused(**got), fused(**want)
+        same = []
+        for name, value in want.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                rounding = 8 * torch.finfo(value.dtype).eps * float(value.float().abs().nan_to_num().max())
+                same.append(torch.isclose(got[name].cpu(), value, rtol=0, atol=rounding, equal_nan=True).flatten())
+        return {"agreement_percent": _percent(torch.cat(same))}
+
+    given = on(device, make(rows))
+    return Prepared(
+        run=partial(fused, **given),
+        plain={"plain torch": partial(twin, *given.values())}
+        | {name: partial(run, **given) for name, run in plain.items()},
+        moved_bytes=moved,
+        flop=flop,
+        check=check,
+    )
+
+
+def norm_case(rows: int, n: int, dim: int, dtype: torch.dtype) -> Case:
+    """VAR's gate, sum, norm and modulation."""
+
+    def make(rows: int) -> Arguments:
+        mods, branch = _normal(6, rows, dim), _normal(rows, n, dim, dtype=dtype)
+        of_mods = {"gate": mods[0], "scale": mods[1], "shift": mods[2], "eps": 1e-6}
+        return {"x": _normal(rows, n, dim), "branch": branch, **of_mods, "out": torch.full_like(branch, torch.nan)}
+
+    moved = rows * n * dim * (8 + 2 * dtype.itemsize) + 12 * rows * dim
+    return _layer_case("add_layer_norm", f"[{rows}, {n}, {dim}] {_kind(dtype)}", make, rows, moved)
+
+
+def rms_case(rows: int, dim: int, dtype: torch.dtype) -> Case:
+    """LlamaGen's sum and norm, of one position."""
+
+    def make(rows: int) -> Arguments:
+        branch = _normal(rows, 1, dim, dtype=dtype)
+        given = {"x": _normal(rows, 1, dim), "branch": branch, "weight": _normal(dim), "eps": 1e-5}
+        return given | {"out": torch.full_like(branch, torch.nan)}
+
+    moved = rows * dim * (8 + 2 * dtype.itemsize) + 4 * dim
+    return _layer_case("add_rms_norm", f"[{rows}, 1, {dim}] {_kind(dtype)}", make, rows, moved)
+
+
+def _cache(rows: int, heads: int, positions: int, width: int, dtype: torch.dtype) -> Tensor:
+    return _normal(2, rows, heads, positions, width, dtype=dtype)
+
+
+def append_normed_case(rows: int, n: int, heads: int, width: int, start: int, dtype: torch.dtype) -> Case:
+    """VAR's q and k norms, and what its last scale adds to the cache."""
+
+    def make(rows: int) -> Arguments:
+        return {
+            "qkv": _normal(rows, n, 3, heads, width, dtype=dtype),
+            "scale": _normal(heads).exp(),
+            "cache": _cache(rows, heads, start + n, width, dtype),
+            "length": torch.tensor([start], dtype=torch.int32),
+        }
+
+    moved = 2 * rows * n * 3 * heads * width * dtype.itemsize
+    return _layer_case("append_normed", f"[{rows}, {n}, 3, {heads}, {width}] {_kind(dtype)}", make, rows, moved)
+
+
+def append_rotated_case(rows: int, heads: int, width: int, positions: int, dtype: torch.dtype) -> Case:
+    """LlamaGen's RoPE, and the last position that its cache holds."""
+
+    def make(rows: int) -> Arguments:
+        return {
+            "qkv": _normal(rows, 1, 3 * heads, width, dtype=dtype),
+            "heads": heads,
+            "rope": _normal(positions, width // 2, 2).clamp(-1, 1),
+            "cache": _cache(rows, heads, positions, width, dtype),
+            "length": torch.tensor([positions - 1], dtype=torch.int32),
+        }
+
+    moved = 2 * rows * 3 * heads * width * dtype.itemsize
+    return _layer_case("append_rotated", f"[{rows}, 1, {3 * heads}, {width}] {_kind(dtype)}", make, rows, moved)
+
+
+def decode_case(rows: int, heads: int, width: int, positions: int, length: int, dtype: torch.dtype) -> Case:
+    """LlamaGen's attention to the filled part of its cache. The other plain one has its length as a number."""
+
+    def make(rows: int) -> Arguments:
+        q = _normal(rows, heads, width, dtype=dtype)
+        given = {"q": q, "cache": _cache(rows, heads, positions, width, dtype), "scale": width**-0.5}
+        given["length"] = torch.tensor([length], dtype=torch.int32)
+        return {name: given[name] for name in ("q", "cache", "length", "scale")} | {
+            "out": torch.full_like(q, torch.nan)
+        }
+
+    def at_known_length(q: Tensor, cache: Tensor, scale: float, out: Tensor, **_: Any) -> None:
+        k, v = cache[:, :, :, : length + 1]
+        layers.attention(q.unsqueeze(1), k, v, scale, out.unsqueeze(1))
+
+    moved = dtype.itemsize * rows * heads * width * (2 * (length + 1) + 2)
+    size = f"[{rows}, {heads}, {width}] at {length} of {positions} {_kind(dtype)}"
+    return _layer_case("decode_attention", size, make, rows, moved, **{"SDPA of the filled part": at_known_length})
+
+
+def swiglu_case(rows: int, hidden: int, dtype: torch.dtype) -> Case:
+    """LlamaGen's gate, of one position."""
+
+    def make(rows: int) -> Arguments:
+        out = torch.full((rows, 1, hidden), torch.nan, dtype=dtype)
+        return {"gate_up": _normal(rows, 1, 2 * hidden, dtype=dtype), "out": out}
+
+    moved = 3 * rows * hidden * dtype.itemsize
+    return _layer_case("swiglu", f"[{rows}, 1, {2 * hidden}] {_kind(dtype)}", make, rows, moved)
+
+
+def quantizer_case(batch: int, n: int, side: int, channels: int, outputs: int, vocab: int = 4096) -> Case:
+    """A scale of VAR's residual quantizer. Its arithmetic is float32, so that the ceiling is far."""
+    size = side * side
+
+    def make(batch: int) -> Arguments:
+        return {
+            "tokens": torch.randint(0, vocab, (batch, n), generator=torch.Generator().manual_seed(7)),
+            "codebook": _normal(vocab, channels),
+            "up": None if n == size else _normal(size, n) / n,
+            "taps": _normal(9, channels, channels) / channels,
+            "bias": _normal(channels),
+            "ratio": 0.5,
+            "f_hat": _normal(batch, size, channels),
+            "down": _normal(outputs, size) / size,
+            "out": torch.full((batch, outputs, channels), torch.nan),
+        }
+
+    flop = 2 * batch * channels * size * (n * (n != size) + 9 * channels + outputs)
+    moved = 4 * batch * channels * (2 * size + outputs) + 8 * batch * n
+    return _layer_case("quantizer_step", f"{batch} images, {n} tokens", make, batch, moved, flop)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def layer_cases() -> Iterator[Case]:
+    """VAR-d16 in its last scale and LlamaGen-L in its last step, guided: at batch 64, and at batch 1."""
+    half = torch.bfloat16
+    for rows in (128, 2):
+        yield norm_case(rows, 256, 1024, half)
+        yield append_normed_case(rows, 256, 16, 64, 424, half)
+        yield decode_case(rows, 16, 64, 256, 255, half)
+        yield append_rotated_case(rows, 16, 64, 256, half)
+        yield rms_case(rows, 1024, half)
+        yield swiglu_case(rows, 2816, half)
+        yield quantizer_case(rows // 2, 169, 16, 32, 256)
+    yield decode_case(128, 16, 64, 256, 31, half)
+    yield decode_case(32, 32, 100, 256, 255, half)  # LlamaGen-3B
+    yield norm_case(128, 256, 1024, torch.float32)
+    yield decode_case(128, 16, 64, 256, 255, torch.float32)
+
+
 def _percent(equal: Tensor) -> float:
     return 100 * float(equal.double().mean())
 
@@ -282,6 +479,7 @@ def all_cases() -> Iterator[Case]:
         for dtype in (torch.bfloat16, torch.float32):
             for rows in (512, 64):
                 yield flow_case(name, SETTINGS[name], rows, dtype)
+    yield from layer_cases()
     yield nearest_case(43_520, 4096, 32)
     yield nearest_case(256, 16_384, 8)
     yield filter_case("var", 4096, SETTINGS["var"].filter, 43_520)
@@ -298,3 +496,10 @@ def toy_cases() -> Iterator[Case]:
     yield filter_case("small", 64, small.filter, 30)
     yield nearest_case(30, 64, 8)
     yield noise_case(2, 5, 4)
+    yield norm_case(2, 3, 16, torch.bfloat16)
+    yield rms_case(2, 16, torch.bfloat16)
+    yield append_normed_case(2, 3, 2, 8, 4, torch.bfloat16)
+    yield append_rotated_case(2, 2, 8, 5, torch.bfloat16)
+    yield decode_case(2, 2, 8, 20, 10, torch.bfloat16)
+    yield swiglu_case(2, 24, torch.bfloat16)
+    yield quantizer_case(2, 4, 4, 8, 9, vocab=20)

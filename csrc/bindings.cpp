@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings.h"
 #include "cpu/fast.h"
 #include "cpu/kernels.h"
 #if defined(DDFAST_CUDA)
@@ -103,6 +104,9 @@ PYBIND11_MODULE(_C, module) {
                py::call_guard<py::gil_scoped_release>());
     module.def("nearest_cpu", &nearest_cpu, py::arg("x"), py::arg("rows"), py::arg("codebook"), py::arg("vocab"),
                py::arg("channels"), py::arg("out"), py::call_guard<py::gil_scoped_release>());
+
+    bind_layers(module);
+    bind_cuda(module);
 
 #if defined(DDFAST_CUDA)
     module.attr("cuda_built") = true;

@@ -37,8 +37,126 @@ def filter_cpu(
     logits: int, rows: int, vocab: int, temperature: float, top_k: int, top_p: float, rule: int, out: int
 ) -> None: ...
 def nearest_cpu(x: int, rows: int, codebook: int, vocab: int, channels: int, out: int) -> None: ...
+def add_layer_norm_cpu(
+    x: int,
+    branch: int,
+    gate: int,
+    gate_stride: int,
+    scale: int,
+    scale_stride: int,
+    shift: int,
+    shift_stride: int,
+    eps: float,
+    rows: int,
+    n: int,
+    dim: int,
+    out: int,
+    half: bool,
+) -> None: ...
+def add_rms_norm_cpu(
+    x: int,
+    branch: int,
+    weight: int,
+    eps: float,
+    rows: int,
+    dim: int,
+    out: int,
+    half: bool,
+) -> None: ...
+def append_normed_cpu(
+    qkv: int,
+    scale: int,
+    rows: int,
+    n: int,
+    heads: int,
+    width: int,
+    cache: int,
+    side_stride: int,
+    row_stride: int,
+    head_stride: int,
+    length: int,
+    half: bool,
+) -> None: ...
+def append_rotated_cpu(
+    qkv: int,
+    rope: int,
+    rows: int,
+    n: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    cache: int,
+    side_stride: int,
+    row_stride: int,
+    head_stride: int,
+    length: int,
+    half: bool,
+) -> None: ...
+def attention_cpu(
+    q: int,
+    q_row: int,
+    q_position: int,
+    q_head: int,
+    k: int,
+    k_row: int,
+    k_head: int,
+    k_position: int,
+    v: int,
+    v_row: int,
+    v_head: int,
+    v_position: int,
+    rows: int,
+    n: int,
+    heads: int,
+    kv_heads: int,
+    keys: int,
+    width: int,
+    scale: float,
+    out: int,
+    half: bool,
+) -> None: ...
+def swiglu_cpu(
+    gate_up: int,
+    rows: int,
+    hidden: int,
+    out: int,
+    half: bool,
+) -> None: ...
+def quantizer_step_cpu(
+    tokens: int,
+    codebook: int,
+    up: int,
+    taps: int,
+    num_taps: int,
+    bias: int,
+    ratio: float,
+    batch: int,
+    n: int,
+    size: int,
+    channels: int,
+    f_hat: int,
+    down: int,
+    m: int,
+    out: int,
+) -> None: ...
+
+# Bodies of the CUDA kernels on the host: the numbers of a job, in the order of csrc/bindings_cuda.cpp.
+def add_layer_norm_host(*job: float) -> None: ...
+def add_rms_norm_host(*job: float) -> None: ...
+def append_normed_host(*job: float) -> None: ...
+def append_rotated_host(*job: float) -> None: ...
+def decode_attention_host(*job: float) -> None: ...
+def swiglu_host(*job: float) -> None: ...
+def quantizer_step_host(*job: float) -> None: ...
 
 # Only when cuda_built:
 def normal_noise_cuda(
     seed: int, pairs: int, num_pairs: int, start: int, stop: int, channels: int, out: int, stream: int
 ) -> None: ...
+def add_layer_norm_cuda(*job_and_stream: float) -> None: ...
+def add_rms_norm_cuda(*job_and_stream: float) -> None: ...
+def append_normed_cuda(*job_and_stream: float) -> None: ...
+def append_rotated_cuda(*job_and_stream: float) -> None: ...
+def decode_attention_cuda(*job_and_stream: float) -> None: ...
+def swiglu_cuda(*job_and_stream: float) -> None: ...
+def quantizer_step_cuda(*job_and_stream: float) -> None: ...

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from . import _native, noise
+from . import _native, _native_cuda, _native_layers, noise
 from .errors import UserError
 from .flow import LogitFilter, Solver, filter_logits, solver_from_dict
 from .flow.multistep import AdamsSolver
@@ -25,7 +25,20 @@ from .flow.nearest import nearest_code
 from .flow.tokens import solve_rows
 
 Backend = Literal["native", "triton", "torch"]
-Operation = Literal["flow", "filter_logits", "nearest_code", "normal_noise"]
+Operation = Literal[
+    "flow",
+    "filter_logits",
+    "nearest_code",
+    "normal_noise",
+    "add_layer_norm",
+    "add_rms_norm",
+    "append_normed",
+    "append_rotated",
+    "attention",
+    "decode_attention",
+    "swiglu",
+    "quantizer_step",
+]
 _forced: Backend | None = None
 
 # The compiled and the Triton function of an operation take the same arguments, the outputs last. Modules with Triton
@@ -35,6 +48,24 @@ _NATIVE: dict[Operation, Callable[..., None]] = {
     "filter_logits": _native.filter_rows,
     "nearest_code": _native.nearest_code,
     "normal_noise": _native.normal_noise,
+    "add_layer_norm": _native_layers.add_layer_norm,
+    "add_rms_norm": _native_layers.add_rms_norm,
+    "append_normed": _native_layers.append_normed,
+    "append_rotated": _native_layers.append_rotated,
+    "attention": _native_layers.attention,
+    "decode_attention": _native_layers.decode_attention,
+    "swiglu": _native_layers.swiglu,
+    "quantizer_step": _native_layers.quantizer_step,
+}
+_CUDA: dict[Operation, Callable[..., None]] = {
+    "normal_noise": _native.normal_noise,
+    "add_layer_norm": _native_cuda.add_layer_norm,
+    "add_rms_norm": _native_cuda.add_rms_norm,
+    "append_normed": _native_cuda.append_normed,
+    "append_rotated": _native_cuda.append_rotated,
+    "decode_attention": _native_cuda.decode_attention,
+    "swiglu": _native_cuda.swiglu,
+    "quantizer_step": _native_cuda.quantizer_step,
 }
 _TRITON: dict[Operation, tuple[str, str]] = {
     "flow": ("ddfast.kernels.flow", "flow_adams"),
@@ -61,7 +92,7 @@ def _has_triton() -> bool:
 
 @cache
 def _backends(operation: Operation, device_type: str) -> tuple[Backend, ...]:
-    native = {"cpu": _native.available(), "cuda": _native.cuda_built() and operation == "normal_noise"}
+    native = {"cpu": _native.available(), "cuda": _native.cuda_built() and operation in _CUDA}
     there = {
         "native": native.get(device_type, False),
         "triton": device_type in native and operation in _TRITON and _has_triton(),
@@ -98,10 +129,10 @@ def forced(name: Backend) -> Iterator[None]:
 
 
 @cache
-def _kernel(operation: Operation, path: Backend) -> Callable[..., None]:
+def kernel(operation: Operation, path: Backend, device: torch.device) -> Callable[..., None]:
     """What writes the outputs of an operation on the native or the Triton path."""
     if path == "native":
-        return _NATIVE[operation]
+        return (_CUDA if device.type == "cuda" else _NATIVE)[operation]
     module, name = _TRITON[operation]
     return cast(Callable[..., None], getattr(importlib.import_module(module), name))
 
@@ -164,7 +195,7 @@ def _flow(
         return result.tokens, result.x, result.evaluations
     cond, uncond = cond.contiguous(), None if uncond is None else uncond.contiguous()
     tokens, x, evaluations = _flow_outputs(cond, noise)
-    _kernel("flow", path)(cond, uncond, noise, codebook, guidance, keep, method, tokens, x, evaluations)
+    kernel("flow", path, cond.device)(cond, uncond, noise, codebook, guidance, keep, method, tokens, x, evaluations)
     return tokens, x, evaluations
 
 
@@ -175,7 +206,7 @@ def _filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float 
         return filter_logits(logits.detach().contiguous(), keep)
     rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1]).contiguous()
     out = torch.empty_like(rows)
-    _kernel("filter_logits", path)(rows, keep, out)
+    kernel("filter_logits", path, logits.device)(rows, keep, out)
     return out.view(logits.shape)
 
 
@@ -186,7 +217,7 @@ def _nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     out = x.new_empty(x.shape[:-1], dtype=torch.int64)
     if path == "native":  # Triton converts as it loads
         x = x.float()
-    _kernel("nearest_code", path)(x.contiguous(), codebook.float().contiguous(), out)
+    kernel("nearest_code", path, x.device)(x.contiguous(), codebook.float().contiguous(), out)
     return out
 
 
@@ -196,7 +227,7 @@ def _normal_noise(seed: int, pairs: Tensor, start: int, stop: int, channels: int
     if path == "torch":
         return noise.normal_noise(seed, pairs, start, stop, channels)
     out = pairs.new_empty(len(pairs), stop - start, channels, dtype=torch.float32)
-    _kernel("normal_noise", path)(seed, pairs.contiguous(), start, stop, channels, out)
+    kernel("normal_noise", path, pairs.device)(seed, pairs.contiguous(), start, stop, channels, out)
     return out
 
 

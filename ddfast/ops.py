@@ -18,19 +18,37 @@ from .errors import UserError
 from .flow import FlowResult, LogitFilter, Solver
 from .flow.filters import check_filter
 from .flow.tokens import check_codebook, check_flow_arguments, raise_bad_rows
+from .layer_ops import (
+    add_layer_norm,
+    add_rms_norm,
+    append_normed,
+    append_rotated,
+    attention,
+    decode_attention,
+    quantizer_step,
+    swiglu,
+)
 
 __all__ = [
     "Backend",
     "FlowResult",
     "LogitFilter",
+    "add_layer_norm",
+    "add_rms_norm",
+    "append_normed",
+    "append_rotated",
+    "attention",
     "backend",
     "backends",
+    "decode_attention",
     "filter_logits",
     "flow",
     "flow_tokens",
     "forced",
     "nearest_code",
     "normal_noise",
+    "quantizer_step",
+    "swiglu",
 ]
 
 # Bound once: a look-up in torch.ops on each call takes longer than the call.

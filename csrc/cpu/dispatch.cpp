@@ -1,11 +1,10 @@
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <memory>
 #include <stdexcept>
 
 #include "fast.h"
-#include "kernels.h"
+#include "layers.h"
+#include "scratch.h"
 
 namespace ddfast::cpu {
 namespace {
@@ -14,6 +13,7 @@ struct Level {
     const char* name;
     const Kernels* kernels;
     const FastKernels* fast;
+    const LayerKernels* layers;
 };
 
 std::vector<Level> supported_levels() {
@@ -24,10 +24,14 @@ std::vector<Level> supported_levels() {
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    if (v4) found.push_back({"x86-64-v4", &v4_kernels, &v4_fast_kernels});
-    if (v3) found.push_back({"x86-64-v3", &v3_kernels, &v3_fast_kernels});
+#if defined(DDFAST_BF16_LEVEL)
+    if (v4 && __builtin_cpu_supports("avx512bf16"))
+        found.push_back({"x86-64-v4-bf16", &v4_kernels, &v4_fast_kernels, &v4_bf16_layer_kernels});
 #endif
-    found.push_back({"baseline", &baseline_kernels, &baseline_fast_kernels});
+    if (v4) found.push_back({"x86-64-v4", &v4_kernels, &v4_fast_kernels, &v4_layer_kernels});
+    if (v3) found.push_back({"x86-64-v3", &v3_kernels, &v3_fast_kernels, &v3_layer_kernels});
+#endif
+    found.push_back({"baseline", &baseline_kernels, &baseline_fast_kernels, &baseline_layer_kernels});
     return found;
 }
 
@@ -45,27 +49,6 @@ bool& poison() {
     static bool on = false;
     return on;
 }
-
-// Floats that start a cache line. A thread keeps its own from call to call, since fresh memory costs a page fault every
-// 4 KiB; what is in them is of no use.
-class Floats {
-   public:
-    float* reserve(int64_t count) {
-        if (count > count_) {
-            memory_.reset(new (std::align_val_t{64}) float[count]);
-            count_ = count;
-        }
-        if (poison()) std::memset(memory_.get(), 0xff, sizeof(float) * count);
-        return memory_.get();
-    }
-
-   private:
-    struct Free {
-        void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
-    };
-    std::unique_ptr<float[], Free> memory_;
-    int64_t count_ = 0;
-};
 
 // The calling thread's Scratch for rows of `vocab` entries; without channels, what the filter alone needs.
 Scratch scratch_of_thread(int64_t vocab, int64_t channels) {
@@ -113,6 +96,8 @@ std::vector<std::string> levels() {
 std::string level() { return current().name; }
 
 void set_poison(bool on) { poison() = on; }
+
+bool poisoned() { return poison(); }
 
 void set_level(const std::string& name) {
     for (const Level& level : supported()) {
@@ -184,6 +169,66 @@ void nearest_code(const NearestJob& given) {
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t first = block * kRowBlock;
             kernels.nearest_rows(job, first, std::min(first + kRowBlock, job.rows));
+        }
+    }
+}
+
+// Whether an amount of work, in vector operations or so, is worth waking threads for.
+static bool much(int64_t work) { return work > 5000; }
+
+void norm(const NormJob& job) {
+    const auto norm_rows = current().layers->norm_rows;
+    constexpr int64_t kRows = 8;  // a task
+    const int64_t tasks = (job.rows + kRows - 1) / kRows;
+#pragma omp parallel for schedule(static) if (much(job.rows * job.dim / 4))
+    for (int64_t task = 0; task < tasks; ++task)
+        norm_rows(job, task * kRows, std::min((task + 1) * kRows, job.rows));
+}
+
+void append(const AppendJob& job) {
+    const auto append_row = current().layers->append_row;
+    const int64_t tasks = job.rows * job.n, values = (job.heads + 2 * job.kv_heads) * job.width;
+#pragma omp parallel if (much(tasks * values / 4))
+    {
+        thread_local Floats memory;
+        float* scratch = memory.reserve(2 * padded(job.width));
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < tasks; ++task) append_row(job, task / job.n, task % job.n, scratch);
+    }
+}
+
+void attention(const AttentionJob& job) {
+    const LayerKernels& kernels = *current().layers;
+    const int64_t tasks = job.rows * job.kv_heads, floats = kernels.attend_floats(job);
+#pragma omp parallel if (much(job.rows * job.heads * job.n * job.keys * job.width / 8))
+    {
+        thread_local Floats memory;
+        float* scratch = memory.reserve(floats);
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t task = 0; task < tasks; ++task) {
+            if (poison()) scratch = memory.reserve(floats);
+            kernels.attend(job, task / job.kv_heads, task % job.kv_heads, scratch);
+        }
+    }
+}
+
+void swiglu(const SwigluJob& job) {
+    const auto swiglu_row = current().layers->swiglu_row;
+#pragma omp parallel for schedule(static) if (much(job.rows * job.hidden / 2))
+    for (int64_t row = 0; row < job.rows; ++row) swiglu_row(job, row);
+}
+
+void quantizer_step(const QuantizerJob& job) {
+    const LayerKernels& kernels = *current().layers;
+    const int64_t floats = kernels.quantize_floats(job);
+#pragma omp parallel if (job.batch > 1)
+    {
+        thread_local Floats memory;
+        float* scratch = memory.reserve(floats);
+#pragma omp for schedule(dynamic)
+        for (int64_t image = 0; image < job.batch; ++image) {
+            if (poison()) scratch = memory.reserve(floats);
+            kernels.quantize_image(job, image, scratch);
         }
     }
 }

@@ -27,6 +27,7 @@ std::string level();
 // From now on, whether scratch is filled with NaN (-1 as an integer) before each row. Tests see so what is read before it
 // is written.
 void set_poison(bool on);
+bool poisoned();
 
 // Throws std::invalid_argument for a name that is not in levels().
 void set_level(const std::string& name);

@@ -1,0 +1,355 @@
+// Attention to a cache. Many queries: keys and values are laid out once a head for products in registers, scores of a
+// block of queries are kept whole, and sums are float32. One query: keys and values are read where they lie.
+#pragma once
+
+#include "layers.h"
+#include "multiply.h"
+
+namespace ddfast::cpu {
+namespace {
+
+constexpr int64_t kQueries = 4 * kTileRows;  // a block
+
+// Sizes of what a head's product works on. A unit is a float, or a pair of bfloat16.
+struct Plan {
+    bool pairs;
+    int64_t units;    // of a query's or key's width
+    int64_t panels;   // of kTileColumns keys
+    int64_t span;     // panels * kTileColumns
+    int64_t key_units;  // of the keys, as the depth of the second product
+    int64_t columns;  // of the width, a multiple of kTileColumns
+};
+
+DDFAST_INLINE Plan plan(const AttentionJob& job) {
+    Plan p;
+    p.pairs = kPairs && job.half && job.width % 2 == 0;
+    p.units = p.pairs ? job.width / 2 : job.width;
+    p.panels = (job.keys + kTileColumns - 1) / kTileColumns;
+    p.span = p.panels * kTileColumns;
+    p.key_units = p.pairs ? (job.keys + 1) / 2 : job.keys;
+    p.columns = (job.width + kTileColumns - 1) / kTileColumns * kTileColumns;
+    return p;
+}
+
+// Few queries, so that laying out keys and values would be most of the work.
+DDFAST_INLINE bool few_queries(const AttentionJob& job) {
+    return job.n * (job.heads / job.kv_heads) <= 2 && (!job.half || job.width % 2 == 0);
+}
+
+int64_t attend_floats(const AttentionJob& job) {
+    if (few_queries(job)) return whole_lanes(job.keys);
+    const Plan p = plan(job);
+    return p.units * p.span + p.key_units * p.columns + kQueries * (p.units + 2 * p.span);
+}
+
+// The units of one row of a model's numbers: to[j].
+template <bool pairs, class T>
+DDFAST_INLINE void units_of(const T* from, float* to, int64_t units) {
+    if constexpr (pairs)
+        __builtin_memcpy(to, from, units * 4);
+    else
+        for_lanes(units, [&](int64_t j, const auto& get, const auto& put) { put(to + j, get(from + j)); });
+}
+
+// Keys by columns: out[panel][unit][key of the panel], zeros behind the last.
+template <bool pairs, class T>
+void pack_keys(const AttentionJob& job, const Plan& p, const T* keys, float* out) {
+    for (int64_t first = 0; first < p.span; first += kLanes) {
+        float* panel = out + first / kTileColumns * p.units * kTileColumns + first % kTileColumns;
+        const int64_t there = job.keys - first;
+        int64_t u = 0;
+        for (; u + kLanes <= p.units && there >= kLanes; u += kLanes) {
+            Vec rows[kLanes];
+#pragma GCC unroll 16
+            for (int k = 0; k < kLanes; ++k) {
+                const T* key = keys + (first + k) * job.k_position;
+                if constexpr (pairs)
+                    rows[k] = load<Vec>(key + 2 * u);
+                else
+                    rows[k] = read(key + u);
+            }
+            transpose<kLanes>(rows);
+#pragma GCC unroll 16
+            for (int j = 0; j < kLanes; ++j) store(panel + (u + j) * kTileColumns, rows[j]);
+        }
+        for (; u < p.units; ++u)
+            for (int64_t k = 0; k < kLanes; ++k) {
+                float unit = 0.0f;
+                if (k < there) {
+                    const T* key = keys + (first + k) * job.k_position;
+                    if constexpr (pairs)
+                        __builtin_memcpy(&unit, key + 2 * u, 4);
+                    else
+                        unit = to_float(key[u]);
+                }
+                __builtin_memcpy(panel + u * kTileColumns + k, &unit, 4);
+            }
+    }
+}
+
+// Values by rows: out[panel of the width][key or pair of keys][column], zeros behind the last.
+template <bool pairs, class T>
+void pack_values(const AttentionJob& job, const Plan& p, const T* values, float* out) {
+    for (int64_t first = 0; first < p.columns; first += kLanes) {
+        float* to = out + first / kTileColumns * p.key_units * kTileColumns + first % kTileColumns;
+        const int64_t there = job.width - first;
+        for (int64_t j = 0; j < p.key_units; ++j, to += kTileColumns) {
+            if (there <= 0) {
+                store(to, Vec{});
+                continue;
+            }
+            const T* even = values + (pairs ? 2 * j : j) * job.v_position + first;
+            const auto get = [&](const T* from) { return there >= kLanes ? read(from) : read_some(from, there); };
+            if constexpr (pairs) {
+                const WordVec low = reinterpret_cast<WordVec>(get(even)) >> 16;
+                const WordVec high = 2 * j + 1 < job.keys ? reinterpret_cast<WordVec>(get(even + job.v_position)) : WordVec{};
+                store(to, low | high);
+            } else {
+                store(to, get(even));
+            }
+        }
+    }
+}
+
+// Scores [kTileRows, span] to weights e^(score - largest), as units; gives each row's sum, NaN if a score is NaN or
+// infinite, which power_of_two would hide. Behind the last key weights are next to nothing, and values zero.
+template <bool pairs>
+DDFAST_INLINE void weigh(float* scores, const Plan& p, int64_t keys, float* weights, float* sums) {
+    for (int64_t m = 0; m < kTileRows; ++m) {
+        float* row = scores + m * p.span;
+        for (int64_t i = keys; i < p.span; ++i) row[i] = -1e30f;
+        Vec top = load<Vec>(row);
+        for (int64_t i = kLanes; i < p.span; i += kLanes) top = larger(load<Vec>(row + i), top);
+        const float best = max_lanes(top);
+        float* to = weights + m * p.span;
+        Vec sum{};
+        for (int64_t i = 0; i < p.span; i += kLanes) {
+            const Vec below = load<Vec>(row + i) - best;
+            const Vec w = power_of_two(below * 1.44269504f);
+            sum += w + below * 0.0f;
+            if constexpr (pairs)
+                write(reinterpret_cast<Bfloat16*>(to) + i, w);
+            else
+                store(to + i, w);
+        }
+        sums[m] = sum_lanes(sum);
+    }
+}
+
+template <bool pairs, class T>
+void attend_many(const AttentionJob& job, int64_t row, int64_t kv_head, float* scratch) {
+    const Plan p = plan(job);
+    float* keys = scratch;
+    float* values = keys + p.units * p.span;
+    float* queries = values + p.key_units * p.columns;
+    float* scores = queries + kQueries * p.units;
+    float* weights = scores + kQueries * p.span;
+    pack_keys<pairs>(job, p, static_cast<const T*>(job.k) + row * job.k_row + kv_head * job.k_head, keys);
+    pack_values<pairs>(job, p, static_cast<const T*>(job.v) + row * job.v_row + kv_head * job.v_head, values);
+    const int64_t group = job.heads / job.kv_heads, total = group * job.n;
+    const auto at = [&](int64_t i, int64_t& head, int64_t& position) {
+        head = kv_head * group + i / job.n;
+        position = i % job.n;
+    };
+    for (int64_t first = 0; first < total; first += kQueries) {
+        const int64_t there = total - first < kQueries ? total - first : kQueries;
+        const int64_t tiles = (there + kTileRows - 1) / kTileRows;
+        for (int64_t i = 0; i < tiles * kTileRows; ++i) {  // the last one again where they end
+            int64_t head, position;
+            at(first + (i < there ? i : there - 1), head, position);
+            const T* q = static_cast<const T*>(job.q) + row * job.q_row + position * job.q_position + head * job.q_head;
+            units_of<pairs>(q, queries + i * p.units, p.units);
+        }
+        for (int64_t panel = 0; panel < p.panels; ++panel) {
+            const float* b = keys + panel * p.units * kTileColumns;
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                Vec sum[kTileRows][kTileVecs] = {};
+                multiply<pairs>(sum, queries + tile * kTileRows * p.units, p.units, b, kTileColumns, p.units);
+                float* to = scores + tile * kTileRows * p.span + panel * kTileColumns;
+                for (int m = 0; m < kTileRows; ++m)
+                    for (int i = 0; i < kTileVecs; ++i) store(to + m * p.span + i * kLanes, sum[m][i] * job.scale);
+            }
+        }
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            float sums[kTileRows];
+            float* w = weights + tile * kTileRows * p.span;
+            weigh<pairs>(scores + tile * kTileRows * p.span, p, job.keys, w, sums);
+            for (int64_t column = 0; column < p.columns; column += kTileColumns) {
+                Vec sum[kTileRows][kTileVecs] = {};
+                multiply<pairs>(sum, w, p.span, values + column * p.key_units, kTileColumns, p.key_units);
+                for (int m = 0; m < kTileRows && tile * kTileRows + m < there; ++m) {
+                    int64_t head, position;
+                    at(first + tile * kTileRows + m, head, position);
+                    T* out = static_cast<T*>(job.out) + ((row * job.n + position) * job.heads + head) * job.width;
+                    const float by = 1.0f / sums[m];
+                    for (int i = 0; i < kTileVecs; ++i) {
+                        const int64_t from = column + i * kLanes, left = job.width - from;
+                        if (left >= kLanes)
+                            write(out + from, sum[m][i] * by);
+                        else if (left > 0)
+                            write_some(out + from, sum[m][i] * by, left);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Rows of floats: how one query meets keys, and how values are summed, in slices of kLanes columns.
+struct Floats {
+    typedef float Number;
+    static constexpr int kColumns = kLanes;  // of a slice
+    struct Query {
+        Vec part;
+    };
+    struct Sum {
+        Vec part{};
+    };
+    DDFAST_INLINE Vec get(const float* from, int64_t count) {
+        return count >= kColumns ? read(from) : read_some(from, count);
+    }
+    DDFAST_INLINE Query query(const float* q, int64_t count) { return {get(q, count)}; }
+    DDFAST_INLINE Vec dot(Vec sum, const Query& q, const float* key, int64_t count) { return sum + q.part * get(key, count); }
+    DDFAST_INLINE void add(Sum& sum, float w, const float* value, int64_t count) { sum.part += w * get(value, count); }
+    DDFAST_INLINE void put(float* out, const Sum& sum, float by, int64_t count) {
+        count >= kColumns ? write(out, sum.part * by) : write_some(out, sum.part * by, count);
+    }
+};
+
+// Rows of bfloat16, of even length, taken as words of two columns, so that no halves need to be widened apart.
+struct Words {
+    typedef Bfloat16 Number;
+    static constexpr int kColumns = 2 * kLanes;
+    struct Query {
+        Vec even, odd;  // with kPairs both are in even
+    };
+    struct Sum {
+        Vec even{}, odd{};
+    };
+    DDFAST_INLINE WordVec get(const Bfloat16* from, int64_t count) {
+        if (count >= kColumns) return load<WordVec>(from);
+        WordVec words{};
+        __builtin_memcpy(&words, from, count * sizeof *from);
+        return words;
+    }
+    DDFAST_INLINE Vec even(WordVec words) { return reinterpret_cast<Vec>(words << 16); }
+    DDFAST_INLINE Vec odd(WordVec words) { return reinterpret_cast<Vec>(words & 0xffff0000u); }
+    DDFAST_INLINE Query query(const Bfloat16* q, int64_t count) {
+        const WordVec words = get(q, count);
+        if constexpr (kPairs) return {reinterpret_cast<Vec>(words), Vec{}};
+        return {even(words), odd(words)};
+    }
+    DDFAST_INLINE Vec dot(Vec sum, const Query& q, const Bfloat16* key, int64_t count) {
+        const WordVec words = get(key, count);
+#if defined(__AVX512BF16__)
+        return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                      reinterpret_cast<__m512bh>(q.even),
+                                                      reinterpret_cast<__m512bh>(words)));
+#else
+        return sum + q.even * even(words) + q.odd * odd(words);
+#endif
+    }
+    DDFAST_INLINE void add(Sum& sum, float w, const Bfloat16* value, int64_t count) {
+        const WordVec words = get(value, count);
+        sum.even += w * even(words);
+        sum.odd += w * odd(words);
+    }
+    DDFAST_INLINE void put(Bfloat16* out, const Sum& sum, float by, int64_t count) {
+        const WordVec words = round_bits(sum.even * by) | round_bits(sum.odd * by) << 16;
+        if (count >= kColumns)
+            store(out, words);
+        else
+            __builtin_memcpy(out, &words, count * sizeof *out);
+    }
+};
+
+// Scores of one query to weights e^(score - largest) in place; gives 1 / their sum, NaN if a score is NaN or infinite,
+// which power_of_two would hide. Behind the last key its score is repeated, up to whole vectors.
+DDFAST_INLINE float weigh_one(float* scores, int64_t keys) {
+    Vec top = load<Vec>(scores), total{};
+    for (int64_t j = kLanes; j < keys; j += kLanes) top = larger(load<Vec>(scores + j), top);
+    const float best = max_lanes(top);
+    for (int64_t j = 0; j < keys; j += kLanes) {
+        const Vec below = load<Vec>(scores + j) - best;
+        store(scores + j, power_of_two(below * 1.44269504f));
+        total += below * 0.0f;
+        total += j + kLanes <= keys ? load<Vec>(scores + j) : read_some(scores + j, keys - j);
+    }
+    return 1.0f / sum_lanes(total);
+}
+
+// One query: dot products along the width, then weighted rows of values, both where they lie. While keys are read, values
+// are fetched, and while these are, the keys of the next head, from far behind each other in memory.
+template <class Row>
+void attend_one(const AttentionJob& job, int64_t row, int64_t head, int64_t position, float* scores) {
+    typedef typename Row::Number T;
+    const int64_t kv_head = head / (job.heads / job.kv_heads), width = job.width;
+    const T* q = static_cast<const T*>(job.q) + row * job.q_row + position * job.q_position + head * job.q_head;
+    const T* keys = static_cast<const T*>(job.k) + row * job.k_row + kv_head * job.k_head;
+    const T* values = static_cast<const T*>(job.v) + row * job.v_row + kv_head * job.v_head;
+    const T* next = kv_head + 1 < job.kv_heads ? keys + job.k_head : keys + job.k_row - kv_head * job.k_head;
+    if (kv_head + 1 == job.kv_heads && row + 1 == job.rows) next = values;
+    const int64_t bytes = width * sizeof(T);
+    const auto fetch = [&](const T* from) {
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + i);
+    };
+    constexpr int kSlices = 4;  // at once
+    for (int64_t begin = 0; begin < width; begin += kSlices * Row::kColumns) {
+        typename Row::Query query[kSlices];
+        int slices = 0;
+        for (int64_t at = begin; at < width && slices < kSlices; at += Row::kColumns) query[slices++] = Row::query(q + at, width - at);
+        for (int64_t j = 0; j < job.keys; j += kLanes) {
+            Vec dots[kLanes];
+#pragma GCC unroll 16
+            for (int k = 0; k < kLanes; ++k) {
+                const int64_t at = j + k < job.keys ? j + k : job.keys - 1;
+                const T* key = keys + at * job.k_position;
+                if (begin == 0) fetch(values + at * job.v_position);
+                Vec dot{};
+                for (int i = 0; i < slices; ++i)
+                    dot = Row::dot(dot, query[i], key + begin + i * Row::kColumns, width - begin - i * Row::kColumns);
+                dots[k] = dot;
+            }
+            transpose<kLanes>(dots);
+            Vec score = begin == 0 ? Vec{} : load<Vec>(scores + j);
+#pragma GCC unroll 16
+            for (int k = 0; k < kLanes; ++k) score += dots[k] * job.scale;
+            store(scores + j, score);
+        }
+    }
+    const float by = weigh_one(scores, job.keys);
+    T* out = static_cast<T*>(job.out) + ((row * job.n + position) * job.heads + head) * width;
+    for (int64_t begin = 0; begin < width; begin += 2 * Row::kColumns) {
+        typename Row::Sum first, second;
+        const int64_t left = width - begin, more = left - Row::kColumns;
+        for (int64_t j = 0; j < job.keys; ++j) {
+            const T* value = values + j * job.v_position + begin;
+            if (begin == 0) fetch(next + j * job.k_position);
+            Row::add(first, scores[j], value, left);
+            if (more > 0) Row::add(second, scores[j], value + Row::kColumns, more);
+        }
+        Row::put(out + begin, first, by, left);
+        if (more > 0) Row::put(out + begin + Row::kColumns, second, by, more);
+    }
+}
+
+template <class T, class Row>
+void attend_head(const AttentionJob& job, int64_t row, int64_t kv_head, float* scratch) {
+    if (few_queries(job)) {
+        const int64_t group = job.heads / job.kv_heads;
+        for (int64_t i = 0; i < group * job.n; ++i)
+            attend_one<Row>(job, row, kv_head * group + i / job.n, i % job.n, scratch);
+        return;
+    }
+    if constexpr (kPairs && sizeof(T) == 2) {
+        if (plan(job).pairs) return attend_many<true, T>(job, row, kv_head, scratch);
+    }
+    attend_many<false, T>(job, row, kv_head, scratch);
+}
+
+void attend(const AttentionJob& job, int64_t row, int64_t kv_head, float* scratch) {
+    job.half ? attend_head<Bfloat16, Words>(job, row, kv_head, scratch) : attend_head<float, Floats>(job, row, kv_head, scratch);
+}
+
+}  // namespace
+}  // namespace ddfast::cpu

@@ -1,0 +1,14 @@
+// The loops of layers.h, compiled once per instruction set with DDFAST_LAYER_KERNELS naming the table; as in kernels.cpp,
+// no standard templates.
+#include "layers.h"
+
+#include "attention.h"
+#include "norms.h"
+#include "quantizer.h"
+
+namespace ddfast::cpu {
+
+extern const LayerKernels DDFAST_LAYER_KERNELS{norm_rows,  append_row,     attend,         attend_floats,
+                                               swiglu_row, quantize_image, quantize_floats};
+
+}  // namespace ddfast::cpu
