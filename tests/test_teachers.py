@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ddfast.errors import UserError
 from ddfast.models.base import Teacher
-from ddfast.models.llamagen import LlamaGenConfig, LlamaGenTeacher, LlamaGenTransformer, rope_2d
+from ddfast.models.llamagen import LlamaGenConfig, LlamaGenTransformer, rope_2d
+from ddfast.models.llamagen_teacher import LlamaGenTeacher
 from ddfast.models.quantizer import MultiScaleQuantizer
-from ddfast.models.var import VARConfig, VARTeacher, VARTransformer
+from ddfast.models.var import VARConfig, VARTransformer
+from ddfast.models.var_teacher import VARTeacher
 
 
 class QuantizerOnly(nn.Module):
@@ -89,10 +91,10 @@ def guided(teacher: Teacher, labels: Tensor, tokens: Tensor, guidance: float, in
     torch.use_deterministic_algorithms(True)  # torch.empty then returns NaN: a cache entry read before written shows
     try:
         state = teacher.decode_state(labels, guidance, interval)
-        assert state.cache.isnan().all()  # type: ignore[attr-defined]
+        assert state.cache.data_N2RHLd.isnan().all()
     finally:
         torch.use_deterministic_algorithms(False)
-    address = state.cache.data_ptr()  # type: ignore[attr-defined]
+    address = state.cache.data_N2RHLd.data_ptr()
     out, start = [], 0
     for n in teacher.groups:
         weight = state.weight
@@ -100,7 +102,7 @@ def guided(teacher: Teacher, labels: Tensor, tokens: Tensor, guidance: float, in
         out.append(cond if uncond is None else uncond + weight * (cond - uncond))
         teacher.append(state, tokens[:, start : start + n])
         start += n
-    assert state.cache.data_ptr() == address  # type: ignore[attr-defined]
+    assert state.cache.data_N2RHLd.data_ptr() == address
     return out
 
 
@@ -141,17 +143,19 @@ def test_var_unmasked_prefix_of_the_official_sampler(golden: Golden) -> None:
     for start in golden.config["prefix_nomask"]["starts"]:
         state = teacher.decode_state(golden["in.label"], cfg)
         parts = quantizer.split(tokens)
-        first = [state.inputs]
+        first = [state.inputs.clone()]
         for k in range(start):
             teacher.append(state, parts[k])
-            first.append(state.inputs)
-        state.inputs, state.start = torch.cat(first, dim=1), 0
+            first.append(state.inputs.clone())
+        state.inputs = torch.cat(first, dim=1)
+        state.cache.clear()
         for k in range(start, len(parts)):
             weight = state.weight
             cond, uncond = teacher.logits(state)
             logits = (uncond + weight * (cond - uncond))[:, -teacher.groups[k] :]
             golden.close(logits, f"out.prefix_nomask.start{start}.cfg_logits.{k}")
-            state.start = sum(teacher.groups[:k])
+            if k == start:
+                state.cache.advance(sum(teacher.groups[:start]))
             teacher.append(state, parts[k])
 
 

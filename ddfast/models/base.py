@@ -9,14 +9,17 @@ Axes: B images, n tokens of one group, L tokens of an image, V codebook size, C 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flow.filters import LogitFilter
+from ..kv_cache import KVCache
+from .linear import check_precision
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Sampling:
             raise UserError(f"guidance_interval is {self.guidance_interval}; it must be >= 0, or -1 for no limit")
 
 
+def _refuse_to_run(module: nn.Module, arguments: object) -> None:
+    raise UserError("this transformer's matrices were released by prepare(release=True): load the teacher again")
+
+
 class Tokenizer(Protocol):
     """What a teacher needs of its tokenizer."""
 
@@ -56,23 +63,37 @@ class Tokenizer(Protocol):
 
 
 class DecodeState:
-    """One batch being decoded: its place in the groups, guidance weights, and a KV cache allocated once.
+    """One batch being decoded: its place in the groups and its guidance weights. Families add the buffers.
 
-    Rows 0..B-1 are conditional; while guidance acts, rows B..2B-1 are the same images without their class.
+    Buffers are for ``capacity`` images and outlive the batch: :meth:`Teacher.restart` begins the next one in them. Rows
+    0..B-1 are conditional; while guidance acts, rows B..2B-1 are the same images without their class.
 
     Attributes:
         group: index of the group to draw next.
         weights: one guidance weight w a group; the guided logits are ``uncond + w (cond - uncond)``.
+        capacity: the most images a batch may have.
         batch: B.
+        cache: keys and values of every position run.
     """
 
-    def __init__(self, labels: Tensor, weights: tuple[float, ...], unconditional: int) -> None:
+    cache: KVCache
+
+    def __init__(self, capacity: int, weights: tuple[float, ...]) -> None:
         self.group = 0
         self.weights = weights
-        self.batch = labels.shape[0]
-        guided = any(w != 1.0 for w in weights)
-        self.labels = torch.cat([labels, torch.full_like(labels, unconditional)]) if guided else labels
+        self.capacity = self.batch = capacity
+        self.guided = any(w != 1.0 for w in weights)
         self._last_guided = max((k for k, w in enumerate(weights) if w != 1.0), default=-1)
+
+    def begin(self, batch: int) -> None:
+        """Forget the last batch: ``batch`` images at group 0."""
+        self.group, self.batch = 0, batch
+        self.cache.clear()
+
+    @property
+    def length(self) -> Tensor:
+        """int32 [1] on the device: positions whose keys and values are in the cache."""
+        return self.cache.length
 
     @property
     def weight(self) -> float:
@@ -80,9 +101,14 @@ class DecodeState:
         return self.weights[self.group]
 
     @property
+    def copies(self) -> int:
+        """Rows of an image in the next group: 2 with its unconditional one, until guidance has ended for good."""
+        return 2 if self.group <= self._last_guided else 1
+
+    @property
     def rows(self) -> int:
-        """Rows to compute for the next group: unconditional ones only until guidance has ended for good."""
-        return 2 * self.batch if self.group <= self._last_guided else self.batch
+        """Rows to compute for the next group."""
+        return self.copies * self.batch
 
     def split(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [rows, n, V] as (conditional, unconditional or None where this group is not guided)."""
@@ -99,7 +125,12 @@ class Teacher(nn.Module, ABC):
         num_classes: number of class labels; label ``num_classes`` is the unconditional one.
         presets: named sampling settings, the default first.
         weights_sha256: content hash of each part's weights; empty for a teacher that was not loaded from files.
+        steps_alike: whether every group is run by the same instructions, whose place is read from
+            ``state.length`` on the device: one captured CUDA graph then serves all groups of equal guidance weight.
     """
+
+    transformer: nn.Module
+    steps_alike: bool
 
     name: str
     groups: tuple[int, ...]
@@ -113,6 +144,9 @@ class Teacher(nn.Module, ABC):
         self.name = name
         self.presets = {"plain": self.plain_sampling()}
         self.weights_sha256 = {}
+        self._precision = "native"
+        self._prepared: tuple[object, Any] | None = None
+        self._released = False
 
     @property
     @abstractmethod
@@ -142,8 +176,75 @@ class Teacher(nn.Module, ABC):
         """The family's guidance rule as one weight a group (see :class:`DecodeState`)."""
 
     @abstractmethod
+    def _build(self, precision: str) -> Any:
+        """What the family decodes with: the transformer's weights, packed for the device."""
+
+    @abstractmethod
+    def _matrices(self) -> Iterator[nn.Parameter]:
+        """The parameters of which :meth:`_build` makes copies of its own."""
+
+    @torch.inference_mode()
+    def prepare(self, precision: str = "native", release: bool = False) -> None:
+        """Make the weights ready for decoding, which otherwise happens when first needed.
+
+        Args:
+            precision: how matrix products are computed: "native" (in the model's dtype), "int8" (on a CPU) or "fp8" (on
+                a GPU).
+            release: free the transformer's own matrices, of which decoding has its packed copies; the transformer can
+                then neither run by itself, nor be moved or saved.
+
+        Raises:
+            UserError: the device cannot compute in that precision; the matrices are gone.
+        """
+        check_precision(precision, self.device, self.dtype)
+        self._precision, self._prepared = precision, None
+        built = self._weights()
+        if release:
+            for parameter in self._matrices():
+                parameter.data = parameter.data.new_empty(0)
+            self.transformer.register_forward_pre_hook(_refuse_to_run)
+            self._released, self._prepared = True, (self._fingerprint(), built)
+
+    def _fingerprint(self) -> object:
+        """Changes when a parameter is moved, replaced or written to."""
+        return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters())
+
+    def _weights(self) -> Any:
+        """What :meth:`_build` made, made again where the parameters have changed since."""
+        now = self._fingerprint()
+        if self._prepared is None or self._prepared[0] != now:
+            if self._released:
+                raise UserError(f"the matrices of {self.name} were released by prepare(release=True): load it again")
+            self._prepared = now, self._build(self._precision)
+        return self._prepared[1]
+
+    def _built(self) -> Any:
+        """What the state at hand began with."""
+        assert self._prepared is not None
+        return self._prepared[1]
+
+    @abstractmethod
+    def _new_state(self, capacity: int, weights: tuple[float, ...]) -> DecodeState:
+        """Allocate all that a batch of ``capacity`` images needs."""
+
+    @torch.inference_mode()
     def decode_state(self, labels: Tensor, guidance: float, interval: int = -1) -> DecodeState:
-        """Start a batch: ``labels`` int64 [B]; allocates the KV cache for the whole image."""
+        """Start a batch: ``labels`` int64 [B]. Allocates what it needs, once: see :meth:`restart`.
+
+        Raises:
+            UserError: a label that is not a class, or an interval where guidance has none.
+        """
+        self.check_labels(labels)
+        state = self._new_state(len(labels), self.guidance_weights(guidance, interval))
+        self.restart(state, labels)
+        return state
+
+    @abstractmethod
+    def restart(self, state: DecodeState, labels: Tensor) -> None:
+        """Begin another batch, of at most ``state.capacity`` images, in the state's own buffers.
+
+        ``labels`` int64 [B] are not checked; nothing waits for the device.
+        """
 
     @abstractmethod
     def logits(self, state: DecodeState) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
-"""The LlamaGen class-conditional transformer (arXiv 2406.06525) and its teacher: a group a token, static KV cache.
+"""The LlamaGen class-conditional transformer (arXiv 2406.06525): a group a token.
 
-Axes: B images, R rows (2B while guided), n positions, L tokens of an image, D width, H heads, d head width,
+Axes: B images, R rows, n positions, L tokens of an image, D width, H heads, d head width,
 V codebook size, C codebook channels.
 """
 
@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .base import DecodeState, Sampling, Teacher, Tokenizer
+from ..layers import rotate
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,6 @@ def rope_2d(grid: int, head_dim: int, base: float) -> Tensor:
     return torch.cat([torch.zeros(1, half, 2), table])
 
 
-def rotate(x_RnHd: Tensor, rope: Tensor) -> Tensor:
-    """Turn the interleaved pairs (2j, 2j+1) of x by ``rope`` [n, d/2, 2]."""
-    even, odd = x_RnHd.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope[:, None, :, 0], rope[:, None, :, 1]
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x_RnHd)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -87,18 +79,12 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x_RnD: Tensor, rope: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """Causal over this call's positions; with ``cache`` [2, R, kv_heads, 1 + L, d], after those cached before."""
+    def forward(self, x_RnD: Tensor, rope: Tensor) -> Tensor:
+        """Causal."""
         widths = [self.heads, self.kv_heads, self.kv_heads]
         q, k, v = self.wqkv(x_RnD).unflatten(2, (-1, self.head_dim)).split(widths, dim=2)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
-        n = q.shape[2]
-        if cache is not None:
-            cache[0, :, :, start : start + n] = k
-            cache[1, :, :, start : start + n] = v
-            k, v = cache[0, :, :, : start + n], cache[1, :, :, : start + n]
-            assert n == 1 or start == 0
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=self.heads != self.kv_heads)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -123,8 +109,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cache, start)
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -169,83 +155,13 @@ class LlamaGenTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
         self.output.weight.zero_()
 
-    def run(self, x_RnD: Tensor, caches: Tensor | None = None, start: int = 0) -> Tensor:
-        """Positions start..start+n-1 (0 is the class): inputs [R, n, D] to logits [R, n, V]."""
-        rope = self.rope[start : start + x_RnD.shape[1]]
-        for i, layer in enumerate(self.layers):
-            x_RnD = layer(x_RnD, rope, None if caches is None else caches[i], start)
-        return self.output(self.norm(x_RnD))
-
     def forward(self, labels: Tensor, tokens: Tensor) -> Tensor:
         """All tokens at once (teacher forcing): labels int64 [B], tokens int64 [B, L] to logits [B, L, V].
 
         Position i predicts token i from the class and tokens before i; the last token is never read.
         """
         x = torch.cat([self.cls_embedding(labels).unsqueeze(1), self.tok_embeddings(tokens[:, :-1])], dim=1)
-        return self.run(x)
-
-
-class LlamaGenState(DecodeState):
-    """A batch of a LlamaGen teacher: the next position's input and the KV cache."""
-
-    cache: Tensor
-    inputs: Tensor
-
-
-class LlamaGenTeacher(Teacher):
-    """LlamaGen behind the teacher wall. Guided logits are uncond + guidance (cond - uncond); with an interval n >= 0
-    only tokens 0..n+1 are guided, as in the official sampler."""
-
-    filter_rule = "llamagen"
-
-    def __init__(self, name: str, transformer: LlamaGenTransformer, tokenizer: nn.Module) -> None:
-        super().__init__(name)
-        self.transformer = transformer
-        self.tokenizer = tokenizer
-        config = transformer.config
-        self.groups = (1,) * config.block_size
-        self.num_classes = config.num_classes
-        if self._tokenizer.codebook.shape[0] != config.vocab_size:
-            raise UserError(
-                f"tokenizer with {self._tokenizer.codebook.shape[0]} codebook entries does not fit {name}, "
-                f"which needs {config.vocab_size}"
-            )
-
-    @property
-    def _tokenizer(self) -> Tokenizer:
-        return self.tokenizer  # type: ignore[return-value]
-
-    def plain_sampling(self) -> Sampling:
-        return Sampling(guidance=1.0, top_k=0, top_p=1.0)
-
-    def guidance_weights(self, guidance: float, interval: int = -1) -> tuple[float, ...]:
-        guided = len(self.groups) if interval < 0 else interval + 2
-        return tuple(guidance if i < guided else 1.0 for i in range(len(self.groups)))
-
-    def cache_bytes(self, guided: bool) -> int:
-        c = self.transformer.config
-        per_row = 2 * c.n_layer * c.kv_heads * c.head_dim * c.block_size * self.dtype.itemsize
-        return per_row * (2 if guided else 1)
-
-    @torch.inference_mode()
-    def decode_state(self, labels: Tensor, guidance: float, interval: int = -1) -> LlamaGenState:
-        self.check_labels(labels)
-        c = self.transformer.config
-        state = LlamaGenState(labels, self.guidance_weights(guidance, interval), c.num_classes)
-        shape = (c.n_layer, 2, state.rows, c.kv_heads, c.block_size, c.head_dim)
-        state.cache = torch.empty(shape, dtype=self.dtype, device=self.device)
-        state.inputs = self.transformer.cls_embedding(state.labels).unsqueeze(1)
-        return state
-
-    @torch.inference_mode()
-    def logits(self, state: DecodeState) -> tuple[Tensor, Tensor | None]:
-        assert isinstance(state, LlamaGenState)
-        cache = state.cache[:, :, : state.rows]
-        return state.split(self.transformer.run(state.inputs[: state.rows], cache, start=state.group))
-
-    @torch.inference_mode()
-    def append(self, state: DecodeState, tokens: Tensor) -> None:
-        assert isinstance(state, LlamaGenState)
-        state.group += 1
-        if state.group < len(self.groups):
-            state.inputs = self.transformer.tok_embeddings(tokens).repeat(state.rows // state.batch, 1, 1)
+        rope = self.rope[: x.shape[1]]
+        for layer in self.layers:
+            x = layer(x, rope)
+        return self.output(self.norm(x))

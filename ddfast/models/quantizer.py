@@ -5,6 +5,8 @@ Axes: B batch, C codebook channels, h/w latent side, V codebook size, n tokens o
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,9 +34,12 @@ class Phi(nn.Module):
         self.ratio = ratio
         self.qresi_ls = nn.ModuleList(nn.Conv2d(channels, channels, kernel, padding=kernel // 2) for _ in range(share))
 
+    def conv(self, scale: int, num_scales: int) -> nn.Conv2d:
+        """The convolution that serves ``scale``."""
+        return cast(nn.Conv2d, self.qresi_ls[phi_index(scale, num_scales, len(self.qresi_ls))])
+
     def apply_scale(self, h_BChw: Tensor, scale: int, num_scales: int) -> Tensor:
-        conv = self.qresi_ls[phi_index(scale, num_scales, len(self.qresi_ls))]
-        return torch.lerp(h_BChw, conv(h_BChw), self.ratio)
+        return torch.lerp(h_BChw, self.conv(scale, num_scales)(h_BChw), self.ratio)
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -101,6 +106,29 @@ class MultiScaleQuantizer(nn.Module):
     def embed_step(self, scale: int, tokens_Bn: Tensor, f_hat: Tensor) -> tuple[Tensor, Tensor | None]:
         """:meth:`step` for token indices."""
         return self.step(scale, self.embedding(tokens_Bn), f_hat)
+
+    def matrices(self, scale: int) -> tuple[Tensor | None, Tensor | None]:
+        """Resampling of one scale between fixed sizes, as matrices for ``ops.quantizer_step``.
+
+        Returns:
+            ``up`` [S, n], bicubic from its n tokens to the S positions of the latent map, None at the last scale;
+            ``down`` [m, S], area from the map to the m positions of the next scale, None after the last one.
+        """
+        pn, side = self.patch_nums[scale], self.side
+        if scale == len(self.patch_nums) - 1:
+            return None, None
+        like = self.codebook
+        small = torch.eye(pn * pn, dtype=like.dtype, device=like.device).view(-1, 1, pn, pn)
+        whole = torch.eye(side * side, dtype=like.dtype, device=like.device).view(-1, 1, side, side)
+        up = F.interpolate(small, size=(side, side), mode="bicubic").flatten(1).t().contiguous()
+        down = F.interpolate(whole, size=(self.patch_nums[scale + 1],) * 2, mode="area").flatten(1).t().contiguous()
+        return up, down
+
+    def taps(self, scale: int) -> tuple[Tensor, Tensor]:
+        """The convolution that serves one scale, for ``ops.quantizer_step``: [k*k, C in, C out] and [C]."""
+        conv = self.quant_resi.conv(scale, len(self.patch_nums))
+        assert conv.bias is not None
+        return conv.weight.detach().flatten(2).permute(2, 1, 0).contiguous(), conv.bias.detach()
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """[B, L, ...] into one [B, n, ...] per scale."""

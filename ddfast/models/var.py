@@ -1,6 +1,6 @@
-"""The VAR transformer (arXiv 2404.02905) and its teacher: a group a scale, adaptive layer norms, static KV cache.
+"""The VAR transformer (arXiv 2404.02905): a group a scale, adaptive layer norms.
 
-Axes: B images, R rows (2B while guided), n tokens of a scale, L tokens of all scales, D width, H heads, d head width,
+Axes: B images, R rows, n tokens of a scale, L tokens of all scales, D width, H heads, d head width,
 V codebook size, C codebook channels, K scales.
 """
 
@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from ..errors import UserError
-from .base import DecodeState, Sampling, Teacher, Tokenizer
-from .quantizer import MultiScaleQuantizer
 
 
 @dataclass(frozen=True)
@@ -55,19 +51,21 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_RnD: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """``cache`` [2, R, H, L, d] takes this call's keys and values at ``start``; all up to them are attended to."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x_RnD, self.mat_qkv.weight, bias).unflatten(2, (3, self.heads, -1))
+    def qkv_bias(self) -> Tensor:
+        """[3D]"""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def head_scales(self) -> Tensor:
+        """What a normalised query is multiplied by: [H]."""
+        return self.scale_mul_1H11.flatten().clamp_max(math.log(100.0)).exp()
+
+    def forward(self, x_RnD: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``mask`` bool [n, n], True where a query (row) may see a key; None lets all see all."""
+        qkv = F.linear(x_RnD, self.mat_qkv.weight, self.qkv_bias()).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [R, H, n, d]
         if self.l2_norm:
-            q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
+            q = F.normalize(q, dim=-1) * self.head_scales()[:, None, None]
             k = F.normalize(k, dim=-1)
-        if cache is not None:
-            stop = start + k.shape[2]
-            cache[0, :, :, start:stop] = k
-            cache[1, :, :, start:stop] = v
-            k, v = cache[0, :, :, :stop], cache[1, :, :, :stop]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -118,12 +116,10 @@ class Block(nn.Module):
             return cond + self.ada_gss[0]
         return self.ada_lin(cond).unflatten(1, (6, -1))
 
-    def forward(
-        self, x: Tensor, mod: Tensor, mask: Tensor | None = None, cache: Tensor | None = None, start: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, mod: Tensor, mask: Tensor | None = None) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod.unsqueeze(2).unbind(1)
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale1) + shift1
-        x = x + self.attn(h, mask, cache, start) * gamma1
+        x = x + self.attn(h, mask) * gamma1
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale2) + shift2
         return x + self.ffn(h) * gamma2
 
@@ -229,95 +225,3 @@ class VARTransformer(nn.Module):
         for block, mod in zip(self.blocks, self.modulations(cond_BD), strict=True):
             x = block(x, mod, mask)
         return self.logits(x, cond_BD)
-
-
-class VARState(DecodeState):
-    """A batch of a VAR teacher: reconstruction so far, the next scale's input, class modulations, KV cache."""
-
-    cond_RD: Tensor
-    mods: list[Tensor]
-    cache: Tensor
-    positions: Tensor
-    f_hat: Tensor
-    inputs: Tensor
-    start: int = 0
-
-
-class MultiScaleTokenizer(Tokenizer, Protocol):
-    """A tokenizer with VAR's residual quantizer."""
-
-    @property
-    def quantizer(self) -> MultiScaleQuantizer: ...
-
-
-class VARTeacher(Teacher):
-    """VAR behind the teacher wall. Its guidance grows linearly with the scale: w_k = 1 + guidance k / (K - 1)."""
-
-    filter_rule = "var"
-
-    def __init__(self, name: str, transformer: VARTransformer, tokenizer: nn.Module) -> None:
-        super().__init__(name)
-        self.transformer = transformer
-        self.tokenizer = tokenizer
-        config, quantizer = transformer.config, self._tokenizer.quantizer
-        self.groups = config.groups
-        self.num_classes = config.num_classes
-        have = (quantizer.patch_nums, *quantizer.codebook.shape)
-        need = (config.patch_nums, config.vocab_size, config.codebook_dim)
-        if have != need:
-            raise UserError(
-                f"this tokenizer does not fit {name}: its scales, codebook entries and channels are {have}, not {need}"
-            )
-
-    @property
-    def _tokenizer(self) -> MultiScaleTokenizer:
-        return self.tokenizer  # type: ignore[return-value]
-
-    def plain_sampling(self) -> Sampling:
-        return Sampling(guidance=0.0, top_k=0, top_p=0.0)
-
-    def guidance_weights(self, guidance: float, interval: int = -1) -> tuple[float, ...]:
-        if interval != -1:
-            raise UserError(
-                f"guidance_interval {interval} has no meaning for {self.name}, which ramps guidance; drop it"
-            )
-        last = max(len(self.groups) - 1, 1)
-        return tuple(1 + guidance * k / last for k in range(len(self.groups)))
-
-    def cache_bytes(self, guided: bool) -> int:
-        c = self.transformer.config
-        return 2 * c.depth * c.embed_dim * self.num_tokens * self.dtype.itemsize * (2 if guided else 1)
-
-    @torch.inference_mode()
-    def decode_state(self, labels: Tensor, guidance: float, interval: int = -1) -> VARState:
-        self.check_labels(labels)
-        model, c = self.transformer, self.transformer.config
-        state = VARState(labels, self.guidance_weights(guidance, interval), c.num_classes)
-        state.cond_RD = model.class_emb(state.labels)
-        state.mods = model.modulations(state.cond_RD)
-        shape = (c.depth, 2, state.rows, c.num_heads, self.num_tokens, c.embed_dim // c.num_heads)
-        state.cache = torch.empty(shape, dtype=self.dtype, device=self.device)
-        state.positions = model.positions()
-        state.f_hat = self._tokenizer.quantizer.empty_f_hat(state.batch)
-        state.inputs = model.start_tokens(state.cond_RD)
-        return state
-
-    @torch.inference_mode()
-    def logits(self, state: DecodeState) -> tuple[Tensor, Tensor | None]:
-        assert isinstance(state, VARState)
-        stop = state.start + state.inputs.shape[1]
-        x = state.inputs + state.positions[:, state.start : stop]
-        for i, block in enumerate(self.transformer.blocks):
-            x = block(x, state.mods[i], None, state.cache[i], state.start)
-        return state.split(self.transformer.logits(x, state.cond_RD))
-
-    @torch.inference_mode()
-    def append(self, state: DecodeState, tokens: Tensor) -> None:
-        assert isinstance(state, VARState)
-        quantizer = self._tokenizer.quantizer
-        state.start += self.groups[state.group]
-        state.f_hat, following = quantizer.embed_step(state.group, tokens, state.f_hat)
-        state.group += 1
-        if following is not None:
-            inputs = self.transformer.word_embed(following.flatten(2).transpose(1, 2).to(self.dtype))
-            state.inputs = inputs.repeat(state.rows // state.batch, 1, 1)

@@ -18,9 +18,11 @@ import torch
 from ..errors import UserError
 from .base import Sampling, Teacher
 from .checkpoints import KINDS, Part, differences, load_bundle, make_part, read_safetensors, read_tensors
-from .llamagen import LlamaGenConfig, LlamaGenTeacher
+from .llamagen import LlamaGenConfig
+from .llamagen_teacher import LlamaGenTeacher
 from .llamagen_vq import LlamaGenTokenizerConfig
-from .var import VARConfig, VARTeacher
+from .var import VARConfig
+from .var_teacher import VARTeacher
 from .var_vqvae import VARTokenizerConfig
 
 WEIGHTS_VARIABLE = "DDFAST_WEIGHTS"

@@ -1,0 +1,184 @@
+"""The teacher of the LlamaGen family: a token a group, with a static KV cache.
+
+Axes: B images, R rows (2B while guided), D width, H heads, Hk heads of keys and values, d head width, V codebook size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import UserError
+from ..kv_cache import KVCache
+from .base import DecodeState, Sampling, Teacher, Tokenizer
+from .linear import make_linear
+from .llamagen import Block, LlamaGenTransformer, rope_2d
+
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A block's matrix products and the weights of its norms."""
+
+    qkv: Linear
+    wo: Linear
+    w13: Linear
+    w2: Linear
+    attention_norm_D: Tensor
+    ffn_norm_D: Tensor
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A transformer ready for decoding."""
+
+    layers: list[_Layer]
+    norm_D: Tensor
+    output: Linear
+    rope: Tensor
+
+
+class LlamaGenState(DecodeState):
+    """Buffers of a batch of a LlamaGen teacher.
+
+    Attributes:
+        inputs: float32 [R, 1, D], the next position's embedding; becomes its residual stream.
+    """
+
+    def __init__(self, capacity: int, weights: tuple[float, ...], teacher: LlamaGenTeacher) -> None:
+        super().__init__(capacity, weights)
+        c, device, dtype = teacher.transformer.config, teacher.device, teacher.dtype
+        rows = capacity * (2 if self.guided else 1)
+        self.cache = KVCache(c.n_layer, rows, c.kv_heads, c.block_size, c.head_dim, dtype, device)
+        self.labels = torch.empty(rows, dtype=torch.int64, device=device)
+        self._x = torch.empty(rows, 1, c.dim, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self._h = torch.empty(rows, 1, c.dim, dtype=dtype, device=device)
+        self._heads = torch.empty(rows, c.n_head, c.head_dim, dtype=dtype, device=device)
+        self._hidden = torch.empty(rows, 1, c.ffn_hidden, dtype=dtype, device=device)
+
+    @property
+    def inputs(self) -> Tensor:
+        return self._x[: self.rows]
+
+    def branches(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Buffers for a branch's normed input, what its heads attended to, and its hidden layer."""
+        rows = self.rows
+        return self._h[:rows], self._heads[:rows], self._hidden[:rows]
+
+
+class LlamaGenTeacher(Teacher):
+    """LlamaGen behind the teacher wall. Guided logits are uncond + guidance (cond - uncond); with an interval n >= 0
+    only tokens 0..n+1 are guided, as in the official sampler."""
+
+    filter_rule = "llamagen"
+    steps_alike = True
+    transformer: LlamaGenTransformer
+
+    def __init__(self, name: str, transformer: LlamaGenTransformer, tokenizer: nn.Module) -> None:
+        super().__init__(name)
+        self.transformer = transformer
+        self.tokenizer = tokenizer
+        config = transformer.config
+        self.groups = (1,) * config.block_size
+        self.num_classes = config.num_classes
+        if self._tokenizer.codebook.shape[0] != config.vocab_size:
+            raise UserError(
+                f"tokenizer with {self._tokenizer.codebook.shape[0]} codebook entries does not fit {name}, "
+                f"which needs {config.vocab_size}"
+            )
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self.tokenizer  # type: ignore[return-value]
+
+    def plain_sampling(self) -> Sampling:
+        return Sampling(guidance=1.0, top_k=0, top_p=1.0)
+
+    def guidance_weights(self, guidance: float, interval: int = -1) -> tuple[float, ...]:
+        guided = len(self.groups) if interval < 0 else interval + 2
+        return tuple(guidance if i < guided else 1.0 for i in range(len(self.groups)))
+
+    def cache_bytes(self, guided: bool) -> int:
+        c = self.transformer.config
+        per_row = 2 * c.n_layer * c.kv_heads * c.head_dim * c.block_size * self.dtype.itemsize
+        return per_row * (2 if guided else 1)
+
+    def _blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self.transformer.layers))
+
+    def _matrices(self) -> Iterator[nn.Parameter]:
+        return (p for m in self.transformer.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False))
+
+    def _build(self, precision: str) -> _Weights:
+        model, c = self.transformer, self.transformer.config
+        wide = torch.promote_types(self.dtype, torch.float32)
+
+        def pack(*parts: nn.Linear) -> Linear:
+            weights = [part.weight.detach() for part in parts]
+            return make_linear(torch.cat(weights) if len(weights) > 1 else weights[0], None, precision=precision)
+
+        def layer(block: Block) -> _Layer:
+            feed = block.feed_forward
+            return _Layer(
+                qkv=pack(block.attention.wqkv),
+                wo=pack(block.attention.wo),
+                w13=pack(feed.w1, feed.w3),
+                w2=pack(feed.w2),
+                attention_norm_D=block.attention_norm.weight.detach().to(wide),
+                ffn_norm_D=block.ffn_norm.weight.detach().to(wide),
+            )
+
+        return _Weights(
+            layers=[layer(block) for block in self._blocks()],
+            norm_D=model.norm.weight.detach().to(wide),
+            output=pack(model.output),
+            rope=rope_2d(math.isqrt(c.block_size), c.head_dim, c.rope_base).to(self.device, wide),
+        )
+
+    def _new_state(self, capacity: int, weights: tuple[float, ...]) -> LlamaGenState:
+        return LlamaGenState(capacity, weights, self)
+
+    @torch.inference_mode()
+    def restart(self, state: DecodeState, labels: Tensor) -> None:
+        assert isinstance(state, LlamaGenState)
+        self._weights()
+        state.begin(len(labels))
+        batch, rows = state.batch, state.rows
+        state.labels[:batch].copy_(labels)
+        state.labels[batch:rows].fill_(self.num_classes)
+        state.inputs.copy_(self.transformer.cls_embedding(state.labels[:rows]).unsqueeze(1))
+
+    @torch.inference_mode()
+    def logits(self, state: DecodeState) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(state, LlamaGenState)
+        c, weights, rows = self.transformer.config, self._built(), state.rows
+        x, eps, length = state.inputs, c.norm_eps, state.cache.length
+        h, heads, hidden = state.branches()
+        flat, scale = heads.view(rows, 1, c.dim), c.head_dim**-0.5
+        branch: Tensor | None = None
+        for layer, kv in zip(weights.layers, state.cache.layers(rows), strict=True):
+            ops.add_rms_norm(x, branch, layer.attention_norm_D, eps, h)
+            qkv = layer.qkv(h).view(rows, 1, -1, c.head_dim)
+            ops.append_rotated(qkv, c.n_head, weights.rope, kv, length)
+            ops.decode_attention(qkv[:, 0, : c.n_head], kv, length, scale, heads)
+            ops.add_rms_norm(x, layer.wo(flat), layer.ffn_norm_D, eps, h)
+            ops.swiglu(layer.w13(h), hidden)
+            branch = layer.w2(hidden)
+        ops.add_rms_norm(x, branch, weights.norm_D, eps, h)
+        return state.split(weights.output(h))
+
+    @torch.inference_mode()
+    def append(self, state: DecodeState, tokens: Tensor) -> None:
+        assert isinstance(state, LlamaGenState)
+        state.cache.advance(1)
+        state.group += 1
+        if state.group < len(self.groups):
+            embedded = self.transformer.tok_embeddings(tokens)
+            state.inputs.view(state.copies, state.batch, 1, -1).copy_(embedded)
