@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,20 @@ from rich.text import Text
 from ..errors import UserError
 from ..flow import DEFAULT_NFE, DEFAULT_SOLVER, SOLVERS, make_solver
 from ..models import TEACHERS, Sampling, Teacher, load_teacher
+from ..models.linear import check_precision
 from ..models.zoo import load_tokenizer
-from ..pairs import Manifest, PairDataset, Plan, default_batch, describe, execute, read_manifest, read_shard
+from ..pairs import (
+    Manifest,
+    PairDataset,
+    Plan,
+    check_batch,
+    default_batch,
+    describe,
+    execute,
+    fits,
+    read_manifest,
+    read_shard,
+)
 from ..pairs.engine import run_of
 from ..pairs.store import Run, shard_path
 from ..pictures import check_ending, grid
@@ -28,7 +41,8 @@ codebook, token after token (Distilled Decoding, Alg. 1). The noise itself is a 
 index, so only tokens and labels are stored.
 
 Stop it at any time: the same command finishes the folder, to the same bytes as an undisturbed run. Under torchrun the
-shards are shared out by rank; several machines can fill one folder."""
+shards are shared out by rank; several machines, or the tasks of a Slurm array with --shards, can fill one folder.
+docs/throughput.md has the recipes, and what they cost."""
 
 EPILOG = """\
 examples:
@@ -36,6 +50,8 @@ examples:
   ddfast pairs --teacher var-d16 --weights var_d16.pth --tokenizer vae_ch160v4096z32.pth --num 1200000 --out pairs/
   ddfast pairs --teacher digits-llamagen --labels 3,7 --guidance 1 --num 1000 --out sevens/
   torchrun --nproc-per-node 8 -m ddfast pairs --teacher var-d16 -n 1200000 --out pairs/
+  ddfast pairs --teacher var-d16 --num 1200000 --out pairs/ --shards 0:100       # one of twelve jobs
+  ddfast pairs --teacher var-d16 --num 1200000 --out pairs/ --precision fp8      # on Hopper and later
   ddfast pairs show pairs/ --out grid.png
   ddfast pairs verify pairs/
 """
@@ -73,8 +89,26 @@ def add_parser(commands: Any) -> None:
         "--nfe", type=int, metavar="N", help=f"its most evaluations of the field a token (default: {defaults})"
     )
     run = parser.add_argument_group("how it runs (decides only rounding; recorded with each shard)")
-    run.add_argument("--batch", type=int, metavar="B", help="pairs decoded together (default: by the KV cache's size)")
+    run.add_argument(
+        "--batch",
+        type=int,
+        metavar="B",
+        help="pairs decoded together (default: as many as help and fit in half a CPU's free memory or 80%% of a GPU's)",
+    )
+    run.add_argument(
+        "--shards",
+        metavar="A:B",
+        help="make only shards A to B - 1; either may be left out, and a B past the last shard means the last "
+        "(default: all)",
+    )
     run.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, else float32")
+    run.add_argument(
+        "--precision",
+        choices=["native", "int8", "fp8"],
+        default="native",
+        help="of the matrix products: native is --dtype; int8 on a CPU and fp8 on a GPU are faster and change the "
+        "teacher's distribution a little (docs/throughput.md)",
+    )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (torchrun: one GPU a local rank)")
     parser.set_defaults(func=make)
     actions = parser.add_subparsers(title="on a folder of pairs", metavar="show | verify")
@@ -95,11 +129,16 @@ def make(args: argparse.Namespace) -> int:
     for option in ("teacher", "num", "out"):
         if getattr(args, option) is None:
             raise UserError(f"`ddfast pairs` needs --{option}; see `ddfast pairs --help` for examples")
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch is {args.batch}; it must be at least 1")
     rank, world = torchrun()
     device = choose_device(args.device)
     solver = make_solver(args.solver, args.nfe)
     labels = None if args.labels is None else parse_labels(args.labels)
     dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if args.dtype == "auto" else DTYPES[args.dtype]
+    check_precision(args.precision, device, dtype)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory and libraries would otherwise take a piece of the first GPU
     teacher = load_teacher(args.teacher, args.weights, args.tokenizer, dtype, device)
     manifest = describe(
         teacher,
@@ -111,15 +150,18 @@ def make(args: argparse.Namespace) -> int:
         labels=labels,
         store_noise=args.store_noise,
     )
-    plan = Plan(args.out, manifest, range(rank, manifest.num_shards, world))
+    plan = Plan(args.out, manifest, parse_shards(args.shards, manifest.num_shards)[rank::world])
     console = Console(stderr=True, quiet=rank != 0)
-    batch = choose_batch(args.batch, teacher, plan)
-    say_rounding(console, plan, run_of(teacher, batch))
     if plan.missing:
+        teacher.prepare(args.precision, release=True)
+        batch = choose_batch(args.batch, teacher, plan)
+        say_rounding(console, plan, run_of(teacher, batch, args.precision))
+        begin = time.perf_counter()
         with progress_bar(console) as progress:
             task = progress.add_task(f"pairs of {teacher.name}", total=plan.pairs_missing)
-            execute(plan, teacher, batch, lambda n: progress.advance(task, n))
-    console.print(summary(args.out, manifest, world), highlight=False)
+            execute(plan, teacher, batch, lambda n: progress.advance(task, n), precision=args.precision)
+        console.print(speed(plan.pairs_missing, time.perf_counter() - begin, batch, world), highlight=False)
+    console.print(summary(args.out, manifest), highlight=False)
     return 0
 
 
@@ -139,6 +181,18 @@ def parse_labels(text: str) -> tuple[int, ...]:
             raise UserError(f"--labels {text!r}: {part.strip()!r} is neither a class like 3 nor a range like 0-9")
         labels += range(int(first), int(last or first) + 1)
     return tuple(labels)
+
+
+def parse_shards(text: str | None, count: int) -> range:
+    """``A:B`` to the shards A..B-1 of ``count``; either may be left out, and B may lie past the end."""
+    first, colon, last = (":" if text is None else text).partition(":")
+    if colon and all(part.isdecimal() or not part for part in (first, last)):
+        shards = range(int(first or 0), min(int(last or count), count))
+        if shards:
+            return shards
+    raise UserError(
+        f"--shards {text!r} names no shards: these pairs have shards 0:{count}; use A:B with 0 <= A < B and A < {count}"
+    )
 
 
 def torchrun() -> tuple[int, int]:
@@ -165,13 +219,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_batch(given: int | None, teacher: Teacher, plan: Plan) -> int:
-    """--batch; else what the shards already there were made with; else a default from the teacher's size."""
+    """--batch; else what the shards already there were made with, if it fits; else what the memory at hand allows."""
     if given is not None:
-        if given < 1:
-            raise UserError(f"--batch is {given}; it must be at least 1")
+        check_batch(given, teacher, plan.manifest)
         return given
     batches = {run.batch for run in plan.runs}
-    return batches.pop() if len(batches) == 1 else default_batch(teacher, plan.manifest)
+    if len(batches) == 1 and fits(batch := batches.pop(), teacher, plan.manifest):
+        return batch
+    return default_batch(teacher, plan.manifest)
 
 
 def say_rounding(console: Console, plan: Plan, run: Run) -> None:
@@ -205,10 +260,23 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def summary(folder: Path, manifest: Manifest, world: int) -> str:
+def speed(pairs: int, seconds: float, batch: int, world: int) -> str:
+    """How fast this process was, the recording of CUDA graphs and the last write included."""
+    whose = f"rank 0 of {world} made " if world > 1 else ""
+    return f"{whose}{pairs} pairs in {seconds:.1f} s: {pairs / seconds:.4g} pairs/s, {batch} at a time"
+
+
+def summary(folder: Path, manifest: Manifest) -> str:
+    """What the folder holds, or which shards others still have to make, as --shards takes them."""
     missing = [s for s in range(manifest.num_shards) if not shard_path(folder, s).exists()]
     if missing:
-        return f"this rank is done; {len(missing)} of {manifest.num_shards} shards are with the {world - 1} others"
+        runs = [s for s in missing if s - 1 not in missing], [s + 1 for s in missing if s + 1 not in missing]
+        ranges = [f"{first}:{last}" for first, last in zip(*runs, strict=True)]
+        return (
+            f"{folder}: {len(missing)} of {manifest.num_shards} shards are missing, for other ranks or --shards: "
+            + ", ".join(ranges[:8])
+            + (", ..." if len(ranges) > 8 else "")
+        )
     size = sum(shard_path(folder, s).stat().st_size for s in range(manifest.num_shards))
     return f"{folder}: {manifest.num} pairs in {manifest.num_shards} shards, {size / 2**20:.1f} MiB"
 

@@ -14,7 +14,7 @@ from ddfast.digits.classifier import DigitsClassifier, extract
 from ddfast.digits.metrics import FeatureStatistics, accuracy, feature_statistics, frechet_distance
 from ddfast.flow import filter_logits, make_solver
 from ddfast.models import Sampling, Teacher
-from ddfast.pairs.engine import decode
+from ddfast.pairs import decode
 
 SAMPLES = 5000
 BATCH = 500

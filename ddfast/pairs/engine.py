@@ -1,8 +1,9 @@
-"""From noise to tokens (Alg. 1 of arXiv 2412.17153) and from a manifest to a folder of shards."""
+"""From a manifest to a folder of shards: the device decodes, a thread writes, and neither waits for the other."""
 
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,92 +11,129 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..errors import UserError
 from ..files import remove_abandoned
-from ..flow import Solver, solver_from_dict
-from ..flow.tokens import check_codebook, raise_bad_rows
-from ..models import Sampling, Teacher
+from ..flow.tokens import BAD_NOISE, check_codebook
+from ..models import Teacher
+from .decoder import PairDecoder
 from .manifest import FILE, Manifest, claim, read_manifest, require_same
 from .store import Run, read_shard, shard_path, write_shard
+from .writer import Writer
+
+BUFFERS = 3  # shards in host memory: one being filled, one being written, one to spare
+BATCHES_AHEAD = 2  # given to a GPU before the first of them is done: it never waits, and Ctrl-C does not take long
 
 
-@torch.inference_mode()
-def decode(teacher: Teacher, labels: Tensor, noise: Tensor, sampling: Sampling, solver: Solver) -> Tensor:
-    """Alg. 1: map each image's noise to its tokens, group after group, through the flow of Eq. 3-4.
+class ShardBuffer:
+    """A shard on its way from the device to the disk: host memory, pinned beside a GPU.
 
-    Args:
-        labels: int64 [B], on the teacher's device.
-        noise: float32 [B, L, C], standard normal.
-
-    Returns:
-        Tokens int64 [B, L].
-
-    Raises:
-        UserError: naming the first image and position at which the teacher's logits overflowed.
+    Attributes: tokens int64 [N, L], evaluations int32 [N, L] and, if the manifest stores it, noise float32 [N, L, C].
     """
-    state = teacher.decode_state(labels, sampling.guidance, sampling.guidance_interval)
-    rule, codebook = teacher.filter(sampling), teacher.codebook
-    batch, length, channels = noise.shape
-    tokens = torch.empty(batch, length, dtype=torch.int64, device=noise.device)
-    evaluations = torch.empty_like(tokens, dtype=torch.int32)
-    start = 0
-    for n in teacher.groups:
-        stop = start + n
-        weight = state.weight
-        cond, uncond = teacher.logits(state)
-        result = ops.flow(
-            cond.flatten(0, 1),
-            None if uncond is None else uncond.flatten(0, 1),
-            noise[:, start:stop].reshape(-1, channels),
-            codebook,
-            guidance=weight,
-            filter=rule,
-            solver=solver,
-            check=False,
+
+    def __init__(self, manifest: Manifest, device: torch.device) -> None:
+        self.manifest, self._device = manifest, device
+        pinned = device.type == "cuda"
+        shape = (len(manifest.shard_range(0)), manifest.num_tokens)
+        self.tokens = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
+        self.evaluations = torch.empty(shape, dtype=torch.int32, pin_memory=pinned)
+        self.noise = torch.empty(*shape, manifest.channels, pin_memory=pinned) if manifest.store_noise else None
+        self._filled: torch.cuda.Event | None = None
+
+    @torch.inference_mode()
+    def take(self, decoded: PairDecoder, row: int, count: int) -> torch.cuda.Event | None:
+        """Copy ``count`` pairs of a batch to rows from ``row`` on, without waiting: on a GPU, the event tells when."""
+        source, rows = decoded.decoder, slice(row, row + count)
+        self.tokens[rows].copy_(source.tokens_BL[:count], non_blocking=True)
+        self.evaluations[rows].copy_(source.evaluations_BL[:count], non_blocking=True)
+        if self.noise is not None:
+            self.noise[rows].copy_(source.noise_BLC[:count], non_blocking=True)
+        if self._device.type == "cuda":
+            self._filled = torch.cuda.Event()
+            self._filled.record(torch.cuda.current_stream(self._device))
+        return self._filled
+
+    def tensors(self, shard: int) -> dict[str, Tensor]:
+        """What the shard is to hold, waiting for the device.
+
+        Raises:
+            UserError: naming the first pair and position at which the teacher's logits overflowed.
+        """
+        if self._filled is not None:
+            self._filled.synchronize()
+        pairs = self.manifest.shard_range(shard)
+        count = len(pairs)
+        raise_bad_pairs(self.evaluations[:count], pairs.start, shard)
+        out = {
+            "labels": self.manifest.pair_labels(torch.arange(pairs.start, pairs.stop)),
+            "tokens": self.tokens[:count],
+        }
+        return out | ({} if self.noise is None else {"noise": self.noise[:count]})
+
+
+def raise_bad_pairs(evaluations: Tensor, first: int, shard: int) -> None:
+    """Raise UserError for the first of a shard's tokens (evaluations [N, L], pairs first..) that could not be found."""
+    bad = (evaluations < 0).nonzero()
+    if len(bad):
+        row, position = bad[0].tolist()
+        where = f"pair {first + row}, position {position} (shard {shard})"
+        if int(evaluations[row, position]) == BAD_NOISE:
+            raise UserError(f"{where}: its noise is not finite: this device computes wrongly")
+        raise UserError(
+            f"{where}: the guided logits have NaN, +inf or no finite entry; check the teacher's weights for overflow, "
+            "or compute in a wider --dtype"
         )
-        tokens[:, start:stop] = result.tokens.view(batch, n)
-        evaluations[:, start:stop] = result.evaluations.view(batch, n)
-        teacher.append(state, tokens[:, start:stop])
-        start = stop
-    raise_bad_rows(evaluations)  # once, since it waits for the device
-    return tokens
+
+
+class Progress:
+    """Tells ``done`` of batches once a GPU has made them, and keeps the host from running further ahead of it."""
+
+    def __init__(self, done: Callable[[int], None]) -> None:
+        self._done = done
+        self._ahead: deque[tuple[torch.cuda.Event | None, int]] = deque()
+
+    def add(self, event: torch.cuda.Event | None, count: int) -> None:
+        """A batch that is done at ``event``, or already if that is None."""
+        self._ahead.append((event, count))
+        self.wait(0 if event is None else BATCHES_AHEAD - 1)
+
+    def wait(self, ahead: int = 0) -> None:
+        """Wait until at most so many batches are not done."""
+        while len(self._ahead) > ahead:
+            event, count = self._ahead.popleft()
+            if event is not None:
+                event.synchronize()
+            self._done(count)
+
+
+def fill(
+    decoder: PairDecoder, shard: int, buffer: ShardBuffer, progress: Progress, check: Callable[[], None] = lambda: None
+) -> None:
+    """Decode a shard into a buffer, batch after batch; ``check()`` is called before each."""
+    pairs = decoder.manifest.shard_range(shard)
+    for first in range(pairs.start, pairs.stop, decoder.batch):
+        check()
+        count = min(decoder.batch, pairs.stop - first)
+        decoder.make(first, count)
+        progress.add(buffer.take(decoder, first - pairs.start, count), count)
 
 
 def make_shard(
-    teacher: Teacher, manifest: Manifest, shard: int, batch: int, done: Callable[[int], None]
+    teacher: Teacher, manifest: Manifest, shard: int, batch: int, done: Callable[[int], None] = lambda n: None
 ) -> dict[str, Tensor]:
-    """Compute one shard: labels [N], tokens [N, L] and, if the manifest stores it, noise [N, L, C], on the CPU.
+    """Compute one shard: labels int64 [N], tokens int64 [N, L] and, if it is stored, noise [N, L, C], all on the CPU.
 
     ``done(n)`` is called after every n pairs.
     """
-    sampling, solver = Sampling(**manifest.sampling), solver_from_dict(manifest.solver)
-    pairs_N = torch.tensor(manifest.shard_range(shard), device=teacher.device)
-    labels_N = manifest.pair_labels(pairs_N)
-    tokens, noises = [], []
-    for pairs, labels in zip(pairs_N.split(batch), labels_N.split(batch), strict=True):
-        noise = ops.normal_noise(manifest.seed, pairs, 0, manifest.num_tokens, manifest.channels)
-        tokens.append(decode(teacher, labels, noise, sampling, solver).cpu())
-        if manifest.store_noise:
-            noises.append(noise.cpu())
-        done(len(pairs))
-    out = {"labels": labels_N.cpu(), "tokens": torch.cat(tokens)}
-    return out | ({"noise": torch.cat(noises)} if noises else {})
+    buffer, progress = ShardBuffer(manifest, teacher.device), Progress(done)
+    fill(PairDecoder(teacher, manifest, batch), shard, buffer, progress)
+    progress.wait()
+    return buffer.tensors(shard)
 
 
-def run_of(teacher: Teacher, batch: int) -> Run:
+def run_of(teacher: Teacher, batch: int, precision: str = "native") -> Run:
     """What is recorded with each shard about how it is computed."""
     device = "cpu" if teacher.device.type == "cpu" else torch.cuda.get_device_name(teacher.device)
-    return Run(batch, str(teacher.dtype).removeprefix("torch."), device)
-
-
-def default_batch(teacher: Teacher, manifest: Manifest) -> int:
-    """As many pairs as keep the KV cache within 1 GiB on a CPU and 16 GiB on a GPU: at least 1, at most 256."""
-    budget = 2**30 if teacher.device.type == "cpu" else 16 * 2**30
-    guided = any(
-        w != 1 for w in teacher.guidance_weights(manifest.sampling["guidance"], manifest.sampling["guidance_interval"])
-    )
-    return max(1, min(256, budget // teacher.cache_bytes(guided), manifest.shard_size))
+    return Run(batch, str(teacher.dtype).removeprefix("torch."), device, precision)
 
 
 class Plan:
@@ -139,17 +177,45 @@ class Plan:
         return sum(len(self.manifest.shard_range(s)) for s in self.missing)
 
 
-def execute(plan: Plan, teacher: Teacher, batch: int, done: Callable[[int], None] = lambda n: None) -> None:
+def execute(
+    plan: Plan, teacher: Teacher, batch: int, done: Callable[[int], None] = lambda n: None, *, precision: str = "native"
+) -> None:
     """Make the missing shards of a plan. Interrupted anywhere, only whole shards remain, and a new plan finishes.
 
+    A thread writes what is made, so that no device waits for a disk; memory does not grow with the number of shards.
+
+    Args:
+        batch: pairs decoded together.
+        done: called with the number of pairs after every batch.
+        precision: what the teacher was prepared for, to be recorded.
+
     Raises:
-        UserError: the teacher's codebook is not finite; nothing has been written then.
+        UserError: the teacher's codebook is not finite, or the batch does not fit; nothing has been written then. Or
+            the teacher's logits overflow: the error names the pair, and the shards before it are kept.
     """
+    manifest, folder = plan.manifest, plan.folder
     check_codebook(teacher.codebook)
-    claim(plan.folder, plan.manifest)
-    remove_abandoned(plan.folder)
-    run = run_of(teacher, batch)
-    for shard in plan.missing:
-        tensors = make_shard(teacher, plan.manifest, shard, batch, done)
-        types = {"labels": np.int32, "tokens": np.uint16, "noise": np.float32}
-        write_shard(plan.folder, plan.manifest, shard, run, {k: t.numpy().astype(types[k]) for k, t in tensors.items()})
+    try:
+        decoder = PairDecoder(teacher, manifest, min(batch, len(manifest.shard_range(0)))) if plan.missing else None
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"a batch of {batch} does not fit on {teacher.device}: use a smaller --batch ({error})"
+        ) from error
+    claim(folder, manifest)
+    remove_abandoned(folder)
+    if decoder is None:
+        return
+    run, types = run_of(teacher, batch, precision), {"labels": np.int32, "tokens": np.uint16, "noise": np.float32}
+
+    def write(shard: int, buffer: ShardBuffer) -> None:
+        arrays = {name: t.numpy().astype(types[name], copy=False) for name, t in buffer.tensors(shard).items()}
+        write_shard(folder, manifest, shard, run, arrays)
+
+    buffers = (ShardBuffer(manifest, teacher.device) for _ in range(min(BUFFERS, len(plan.missing))))
+    progress = Progress(done)
+    with Writer(write, buffers) as writer:
+        for shard in plan.missing:
+            buffer = writer.take()
+            fill(decoder, shard, buffer, progress, writer.check)
+            writer.put(shard, buffer)
+        progress.wait()

@@ -2,7 +2,7 @@
 
 A shard is ``shard-NNNNN.safetensors`` with ``labels`` int32 [N], ``tokens`` uint16 [N, L] and, on request, ``noise``
 float32 [N, L, C]. Its metadata entry ``ddfast`` is a JSON object: the manifest's checksum, the shard's number, how it
-was computed (``run``: batch, dtype, device) and a SHA-256 over all of that and the tensors' bytes.
+was computed (``run``: batch, dtype, device, precision) and a SHA-256 over all of that and the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ class Run:
         batch: pairs decoded together.
         dtype: of the teacher's arithmetic.
         device: ``cpu`` or the GPU's name.
+        precision: of its matrix products, see ``Teacher.prepare``; shards from before it was recorded are "native".
     """
 
     batch: int
     dtype: str
     device: str
+    precision: str = "native"
 
 
 @dataclass(frozen=True)
