@@ -1,11 +1,13 @@
-"""Pairs a second: the digits teachers, and VAR-d16 at full size with random weights, beside their bare GEMM time.
+"""Pairs a second: the digits teachers, and VAR-d16 and LlamaGen-B at full size with random weights, beside their GEMMs.
 
 Everything a user waits for is counted: noise, transformer, guidance, filter, flow, quantizer, checksums, writing. Not
-counted: loading the teacher, and one warm-up batch. The GEMM time replays every matrix product of one batch, with its
-own weights and shapes on random inputs, in the same run: no program that calls the same library is faster.
+counted: loading and packing the teacher, and one warm-up batch. The GEMM time replays every matrix product of one
+batch, with its own packed weights and shapes on random inputs and nothing fused behind it, before and after the timed
+batches: no program that calls the same library is faster.
 
-    python benches/bench_pairs.py                 # all, about six minutes on two cores
+    python benches/bench_pairs.py                 # all, about ten minutes on two cores
     python benches/bench_pairs.py --only digits
+    python benches/bench_pairs.py --minutes 60    # whether speed and memory hold, minute after minute
 """
 
 from __future__ import annotations
@@ -15,39 +17,27 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import RESULTS, finish, hardware, measure
+from _common import RESULTS, finish, hardware
+from full_size import random_teacher
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddfast import ops
 from ddfast.flow import make_solver
 from ddfast.models import TEACHERS, Teacher, load_teacher
-from ddfast.models.zoo import blueprint
 from ddfast.pairs import Manifest, Plan, describe, execute
 from ddfast.pairs.engine import make_shard
 
 
-def random_teacher(name: str, dtype: torch.dtype) -> Teacher:
-    """A teacher of the zoo at full size, its transformer with random weights that give logits of about std 2."""
-    teacher = blueprint(name).to_empty(device="cpu")
-    torch.manual_seed(0)
-    for parameter in teacher.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    head = teacher.transformer.get_parameter("head.weight")
-    torch.nn.init.normal_(head, std=2 * head.shape[1] ** -0.5)
-    torch.nn.init.normal_(teacher.tokenizer.get_parameter("quantize.embedding.weight"), std=0.5)
-    teacher.transformer.to(dtype)
-    return teacher.requires_grad_(False).eval()
-
-
 class Products(TorchDispatchMode):
-    """Notes the shape and weight of every matrix product with a 2-D weight."""
+    """Notes the rows and the weight, packed or not, of every product with a matrix of weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,31 +45,39 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name == "addmm":
+        if name in ("linear", "_linear_pointwise"):
+            self.seen.append((args[0].shape[:-1].numel(), args[1]))
+        elif name == "addmm":
             self.seen.append((args[1].shape[0], args[2].t()))
         elif name == "mm":
             self.seen.append((args[0].shape[0], args[1].t()))
-        elif name == "linear":
-            self.seen.append((args[0].shape[:-1].numel(), args[1]))
         return func(*args, **(kwargs or {}))
 
 
-def gemm_seconds(teacher: Teacher, manifest: Manifest, batch: int) -> tuple[float, float]:
-    """(seconds, GFLOP) of one batch's matrix products of the transformer alone."""
-    products = Products()
-    weights = {p.data_ptr() for p in teacher.transformer.parameters()}
-    with torch.inference_mode(False), products:
-        make_shard(teacher, manifest, 0, batch, lambda n: None)
-    calls = [(rows, weight) for rows, weight in products.seen if weight.data_ptr() in weights]
-    inputs = {(rows, w.shape[1]): torch.randn(rows, w.shape[1], dtype=w.dtype) for rows, w in calls}
+class Gemms:
+    """The matrix products of one batch, to be run again without anything between or behind them.
+
+    Attributes:
+        gflop: of one batch.
+    """
+
+    def __init__(self, teacher: Teacher, manifest: Manifest, batch: int) -> None:
+        products = Products()
+        with torch.inference_mode(False), products:
+            make_shard(teacher, manifest, 0, batch)
+        self._calls = products.seen
+        shapes = {(rows, w.shape[1], w.dtype) for rows, w in self._calls}
+        self._inputs = {(rows, k): torch.randn(rows, k, dtype=dtype) for rows, k, dtype in shapes}
+        self.gflop = sum(2e-9 * rows * w.shape[0] * w.shape[1] for rows, w in self._calls)
 
     @torch.inference_mode()
-    def replay() -> None:
-        for rows, weight in calls:
-            F.linear(inputs[rows, weight.shape[1]], weight)
-
-    gflop = sum(2e-9 * rows * w.numel() for rows, w in calls)
-    return measure(replay, repeats=3, warmup=1)["median_s"], gflop
+    def __call__(self) -> None:
+        for rows, weight in self._calls:
+            x = self._inputs[rows, weight.shape[1]]
+            if weight.layout == torch._mkldnn:  # type: ignore[attr-defined]
+                torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+            else:
+                F.linear(x, weight)
 
 
 @contextmanager
@@ -100,18 +98,29 @@ def flow_clock() -> Iterator[list[float]]:
         ops.flow = real
 
 
-def timed_pairs(teacher: Teacher, preset: str, batch: int, batches: int) -> dict[str, Any]:
-    """Make ``batches`` batches as ``ddfast pairs`` does, after one warm-up batch."""
+def timed_pairs(teacher: Teacher, preset: str, batch: int, rounds: int, batches: int = 1) -> dict[str, Any]:
+    """Make ``batches`` batches as ``ddfast pairs`` does, ``rounds`` times, the bare products of one batch in between.
+
+    The medians of both are compared: they see the same neighbours on a shared machine.
+    """
     sampling = TEACHERS[teacher.name].presets[preset]
     solver = make_solver()
     manifest = describe(teacher, sampling, solver, num=batch * batches, shard_size=batch * batches)
     warm = describe(teacher, sampling, solver, num=batch, shard_size=batch)
-    make_shard(teacher, warm, 0, batch, lambda n: None)
-    with tempfile.TemporaryDirectory() as folder, flow_clock() as flow:
+    teacher.prepare()
+    gemms = Gemms(teacher, warm, batch)
+    gemms()
+    seconds, bare, flows = [], [], []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder, flow_clock() as flow:
+            begin = time.perf_counter()
+            execute(Plan(Path(folder), manifest, [0]), teacher, batch)
+            seconds.append((time.perf_counter() - begin) / batches)
+        flows.append(flow[0] / batches)
         begin = time.perf_counter()
-        execute(Plan(Path(folder), manifest, [0]), teacher, batch)
-        seconds = time.perf_counter() - begin
-    gemm, gflop = gemm_seconds(teacher, warm, batch)
+        gemms()
+        bare.append(time.perf_counter() - begin)
+    total, gemm = median(seconds), median(bare)
     return {
         "teacher": teacher.name,
         "preset": preset,
@@ -120,38 +129,82 @@ def timed_pairs(teacher: Teacher, preset: str, batch: int, batches: int) -> dict
         "top_p": sampling.top_p,
         "dtype": str(teacher.dtype).removeprefix("torch."),
         "batch": batch,
-        "pairs": batch * batches,
+        "rounds": rounds,
+        "pairs": batch * batches * rounds,
         "solver": solver.describe(),
-        "pairs_per_s": batch * batches / seconds,
-        "s_per_pair": seconds / (batch * batches),
-        "flow_s_per_pair": flow[0] / (batch * batches),
+        "pairs_per_s": batch / total,
+        "s_per_pair": total / batch,
+        "flow_s_per_pair": median(flows) / batch,
         "gemm_s_per_pair": gemm / batch,
-        "gemm_gflop_per_pair": gflop / batch,
-        "gemm_gflop_per_s": gflop / gemm,
-        "time_over_gemm": seconds / batches / gemm,
+        "gemm_gflop_per_pair": gemms.gflop / batch,
+        "gemm_gflop_per_s": gemms.gflop / gemm,
+        "time_over_gemm": total / gemm,
+        "time_over_gemm_of_rounds": [s / b for s, b in zip(seconds, bare, strict=True)],
     }
+
+
+def endurance(minutes: float) -> dict[str, Any]:
+    """Make shards of digits-var without end: pairs a second and resident memory by minute."""
+    teacher = load_teacher("digits-var")
+    sampling = TEACHERS[teacher.name].presets["release"]
+    shard = 256
+    manifest = describe(teacher, sampling, make_solver(), num=shard * 1_000_000, shard_size=shard)
+    begin = last = time.perf_counter()
+    pairs = shards = 0
+    rows: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def count(done: int) -> None:
+            nonlocal last, pairs, shards
+            pairs, shards = pairs + done, shards + 1
+            now = time.perf_counter()
+            (Path(folder) / f"shard-{shards - 4:05d}.safetensors").unlink(missing_ok=True)
+            if now - last >= min(60.0, 6 * minutes):
+                rows.append({"minute": (now - begin) / 60, "pairs_per_s": pairs / (now - last), "rss_mib": rss_mib()})
+                print(json.dumps(rows[-1]), flush=True)
+                last, pairs = now, 0
+            if now - begin >= 60 * minutes:
+                raise TimeoutError
+
+        plan = Plan(Path(folder), manifest, range(20_000))
+        with suppress(TimeoutError):
+            execute(plan, teacher, shard, count)
+    return {"teacher": teacher.name, "batch": shard, "shards": shards, "minutes": rows}
+
+
+def rss_mib() -> float:
+    """Resident memory of this process."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["digits", "var-d16"])
-    parser.add_argument("--quick", action="store_true", help="fewer batches, no float32 VAR-d16")
-    parser.add_argument("--out", type=Path, default=RESULTS / "pairs-cpu.json")
+    parser.add_argument("--only", choices=["digits", "var-d16", "llamagen-b-256"])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing in float32 but digits")
+    parser.add_argument("--minutes", type=float, help="instead: digits-var for so long, to pairs-endurance.json")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.minutes is not None:
+        out = args.out or RESULTS / "pairs-endurance.json"
+        finish({"bench": "endurance", "hardware": hardware(), **endurance(args.minutes)}, out)
+        return
     rows = []
-    for name in ("digits-var", "digits-llamagen") if args.only != "var-d16" else ():
+    for name in ("digits-var", "digits-llamagen") if args.only in (None, "digits") else ():
         for batch in (1, 256):
-            count = 200 if batch == 1 else 16
-            rows.append(timed_pairs(load_teacher(name), "release", batch, count // 4 if args.quick else count))
+            count = 50 if batch == 1 else 4
+            rows.append(timed_pairs(load_teacher(name), "release", batch, 2 if args.quick else 5, count))
             show(rows[-1])
-    for dtype in (torch.bfloat16, torch.float32) if args.only != "digits" else ():
-        if args.quick and dtype == torch.float32:
-            continue
-        teacher = random_teacher("var-d16", dtype)
-        for batch in (1, 4):
-            rows.append(timed_pairs(teacher, "paper", batch, 2))
-            show(rows[-1])
-    finish({"bench": "pairs", "hardware": hardware(), "weights of var-d16": "random", "rows": rows}, args.out)
+    for name, batches in (("var-d16", (1, 4)), ("llamagen-b-256", (16,))):
+        for dtype in (torch.bfloat16, torch.float32) if args.only in (None, name) else ():
+            if args.quick and dtype == torch.float32:
+                continue
+            teacher = random_teacher(name, dtype)
+            for batch in batches:
+                rows.append(timed_pairs(teacher, "paper", batch, 2 if args.quick else 5))
+                show(rows[-1])
+    figures = {"bench": "pairs", "hardware": hardware(), "weights": "random but for digits", "rows": rows}
+    finish(figures, args.out or RESULTS / "pairs-cpu.json")
 
 
 def show(row: dict[str, Any]) -> None:

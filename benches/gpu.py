@@ -1,4 +1,4 @@
-"""Tests marked gpu, then every operation timed on the GPU at hand against its ceiling and plain torch: ``make gpu``.
+"""Tests marked gpu, every operation timed against its ceiling and plain torch, then whole pairs: ``make gpu``.
 
 Needs torch for CUDA, Triton and pytest; no network. Writes benches/results/gpu-NAME.json after each figure, prints a
 table last, and exits with 1 if a test or a case failed, after all the others. Times are medians (the JSON has p20 and
@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_pairs
 import torch
 from _common import RESULTS, finish, hardware
 from gpu_cases import Case, Clock, all_cases, measure_case, measure_ceilings
@@ -35,9 +36,10 @@ from gpu_cases import Case, Clock, all_cases, measure_case, measure_ceilings
 from ddfast import _native
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("tests", "benches", "tune")
+STAGES = ("tests", "benches", "pairs", "tune")
 OUT_OF_TIME = "out of time"
 _TEST_SECONDS, _CASE_SECONDS = 180, 90  # the most that all tests, and one case, may take
+_PAIR_SECONDS = 120  # kept for pairs when the operations take their time
 _BROKEN = 3  # exit status of a process in which the device takes no more work
 
 Figures = dict[str, Any]
@@ -181,6 +183,26 @@ def bench_from(number: str, seconds: str, path: str) -> int:
     return measure_all(list(all_cases())[int(number) :], clock, float(seconds), report)
 
 
+def pairs_from(number: str, seconds: str, path: str) -> int:
+    """What the command of ``run_benches`` does for cases of gpu_pairs. An error ends the process, which is recorded."""
+    until, device = time.monotonic() + float(seconds), torch.device("cuda", torch.cuda.current_device())
+    cases = gpu_pairs.pair_cases()[int(number) :]
+    faulthandler.dump_traceback_later(float(seconds) + 30, exit=True, file=sys.__stderr__)
+    done: list[Figures] = []
+
+    def report(row: Figures) -> None:
+        done.append(row)
+        gpu_pairs.write_line(Path(path), row)
+
+    try:
+        gpu_pairs.report_from(cases, measure_ceilings(Clock(device)), device, until, report)
+    except Exception as error:  # noqa: BLE001 - recorded; the exit status tells
+        traceback.print_exc()
+        report({"name": cases[len(done)].name, "problem": f"{type(error).__name__}: {error}"[:500]})
+        return _BROKEN
+    return 0
+
+
 def line(row: Figures) -> str:
     """A case as a line of the table."""
     problem = row.get("problem", "").partition("\n")[0][:80]
@@ -238,7 +260,8 @@ def failures(figures: Figures) -> list[str]:
     tests = figures.get("tests", {})
     found += [f"tests: {tests['problem']}"] if "problem" in tests else []
     found += [f"failed: {name}" for name in tests.get("failures", ())]
-    found += [f"{row['name']}: {row['problem']}" for row in figures.get("benches", ()) if "problem" in row]
+    rows = (*figures.get("benches", ()), *figures.get("pairs", ()))
+    found += [f"{row['name']}: {row['problem']}" for row in rows if "problem" in row]
     tuned = [row for row in figures.get("tuned", ()) if row.get("problem", OUT_OF_TIME) != OUT_OF_TIME]
     return found + [f"tuning {row['operation']}: {row['problem']}" for row in tuned]
 
@@ -261,6 +284,8 @@ def print_report(figures: Figures) -> None:
     print(f"\n{figures['hardware'].get('gpu', 'no GPU')}")
     for row in figures.get("benches", ()):
         print(line(row))
+    for row in figures.get("pairs", ()):
+        print(gpu_pairs.line(row))
     for bar in figures.get("bars", ()):
         print("held  " if bar["held"] else "MISSED", f"{bar['name']} = {bar['value']:.2f}")
     if "passed" in figures.get("tests", {}):
@@ -277,6 +302,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file (default benches/results/gpu-NAME.json)")
     parser.add_argument("--tune-one", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--bench-from", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--pairs-from", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch sees no CUDA device here", file=sys.stderr)
@@ -286,6 +312,8 @@ def main() -> int:
         return 0
     if options.bench_from:
         return bench_from(*options.bench_from)
+    if options.pairs_from:
+        return pairs_from(*options.pairs_from)
     stages = options.only or STAGES
     until = time.monotonic() + options.seconds
     name = slug(torch.cuda.get_device_name()) + ("" if not options.only else "-" + "-".join(options.only))
@@ -301,8 +329,13 @@ def main() -> int:
         save("tests", run_tests(min(_TEST_SECONDS, options.seconds)))
     if "benches" in stages:
         again = [sys.executable, __file__, "--bench-from"]
-        run_benches([case.name for case in all_cases()], until, partial(save, "benches"), again)
-        save("bars", bars(figures["benches"]))
+        soon = until - (_PAIR_SECONDS if "pairs" in stages else 0)
+        run_benches([case.name for case in all_cases()], soon, partial(save, "benches"), again)
+    if "pairs" in stages:
+        names = [case.name for case in gpu_pairs.pair_cases()]
+        run_benches(names, until, partial(save, "pairs"), [sys.executable, __file__, "--pairs-from"])
+    if "benches" in stages or "pairs" in stages:
+        save("bars", bars(figures.get("benches", ())) + gpu_pairs.bars(figures.get("pairs", ())))
     if "tune" in stages:
         run_tuning(TUNED, until, partial(save, "tuned"))
     figures["failures"] = failures(figures)
