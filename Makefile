@@ -45,7 +45,8 @@ bench: .venv/installed-bench  ## every benches/bench_*.py; figures go to benches
 # not compile is reported at the end and keeps nothing else from running.
 gpu:  ## on a machine with an NVIDIA GPU: its tests and benches; figures go to benches/results/gpu-NAME.json
 	@$(PYTHON) -c 'import importlib.util as u, sys; sys.exit(None if u.find_spec("torch") and __import__("torch").cuda.is_available() else "make gpu needs a CUDA device, and torch that sees it: $(PYTHON) has none")'
-	cmake -S . -B build/gpu $(if $(shell command -v ninja),-G Ninja) -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+	cmake -S . -B build/gpu $(if $(shell command -v ninja),-G Ninja) -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')" \
+	  -DDDFAST_CUDA_ARCHITECTURES="$$($(PYTHON) -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())')"
 	cmake --build build/gpu --parallel || echo "does not compile: going on without what is missing" >&2
 	PYTHONPATH=$(CURDIR)/build/gpu/python $(PYTHON) benches/gpu.py $(GPU_FLAGS)
 

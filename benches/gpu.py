@@ -12,11 +12,14 @@ do the arithmetic at that of a bfloat16 matrix product, whichever is longer; bot
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +43,7 @@ STAGES = ("tests", "benches", "pairs", "tune")
 OUT_OF_TIME = "out of time"
 _TEST_SECONDS, _CASE_SECONDS = 180, 90  # the most that all tests, and one case, may take
 _PAIR_SECONDS = 120  # kept for pairs when the operations take their time
+_SHOWN = 40  # failures in the table
 _BROKEN = 3  # exit status of a process in which the device takes no more work
 
 Figures = dict[str, Any]
@@ -91,39 +95,79 @@ def about(device: str) -> Figures:
 # Tests
 
 
-def run_tests(seconds: float, arguments: Iterable[str] = ("-m", "gpu", str(ROOT / "tests"))) -> Figures:
-    """Run pytest in a process of its own: counts, the failures' names, seconds; ``problem`` where it did not finish."""
+def test_files() -> list[Path]:
+    """Those with tests marked gpu."""
+    return [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+
+
+def run_tests(seconds: float, files: Sequence[Path] | None = None, options: Sequence[str] = ("-m", "gpu")) -> Figures:
+    """Run pytest on each file, by default of ``test_files``, in a process of its own, all at once.
+
+    So a test that breaks the device for its process ends the tests of one file, and one that hangs none. What takes
+    more than the seconds is interrupted, and the tests it has finished are counted.
+
+    Returns counts, the failures' names and messages, seconds; ``problem`` where a file did not finish.
+    """
     if importlib.util.find_spec("pytest") is None:
         return {"problem": "pytest is not installed"}
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        # Not in the root folder: python -m would then import ddfast from its sources, where nothing is compiled.
-        command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *arguments]
-        try:
-            run = subprocess.run(command, cwd=folder, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return {"problem": f"pytest took more than {seconds:.0f} s"}
-        if not report.exists():
-            return {"problem": f"pytest ended with {run.returncode}"}
-        counts = parse_junit(report.read_text())
-    if run.returncode not in (0, 1):  # such as 5: no tests ran
-        counts["problem"] = f"pytest ended with {run.returncode}"
-    return counts
+    files, until = test_files() if files is None else files, time.monotonic() + seconds
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(1, len(files))))}
+    with tempfile.TemporaryDirectory() as name:
+        folder, runs = Path(name), []
+        for path in files:
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *options]
+            # Not in the root folder: python -m would then import ddfast from its sources, where nothing is compiled.
+            command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(path)]
+            command += [f"--junitxml={folder / path.stem}.xml"]
+            with (folder / f"{path.stem}.txt").open("w") as output:
+                runs.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output))
+        counts: Figures = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "seconds": {}}
+        problems = []
+        for path, run in zip(files, runs, strict=True):
+            begin = time.monotonic()
+            late = _wait(run, until)
+            print(f"{path.name}: {(folder / path.stem).with_suffix('.txt').read_text()[-4000:]}", flush=True)
+            report = folder / f"{path.stem}.xml"
+            found = parse_junit(report.read_text()) if report.exists() else {}
+            for key in ("passed", "failed", "skipped", "failures"):
+                counts[key] += found.get(key, type(counts[key])())
+            counts["seconds"][path.stem] = found.get("seconds", round(time.monotonic() - begin, 1))
+            if late:
+                problems.append(f"{path.name} took more than {seconds:.0f} s")
+            elif run.returncode not in (0, 1) or not report.exists():  # such as 5: no tests ran
+                problems.append(f"{path.name}: pytest ended with {run.returncode}")
+    return counts | ({"problem": "; ".join(problems)} if problems else {})
+
+
+def _wait(run: subprocess.Popen[bytes], until: float) -> bool:
+    """Wait for a process until then, and end it. Returns whether it had to be ended."""
+    for signal_, patience in ((None, until - time.monotonic()), (signal.SIGINT, 10.0), (signal.SIGKILL, 10.0)):
+        if signal_ is not None:
+            run.send_signal(signal_)  # pytest writes its report when it is interrupted
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(max(0.1, patience))
+            return signal_ is not None
+    return True
 
 
 def parse_junit(text: str) -> Figures:
-    """Counts of passed, failed (errors included) and skipped tests of a junit report, and the failures' names."""
-    cases = list(ElementTree.fromstring(text).iter("testcase"))
-    failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    """Counts of passed, failed (errors included) and skipped tests of a junit report, and of the failures the names,
+    with what went wrong. A test that was interrupted has no name, and is not counted."""
+    cases = [c for c in ElementTree.fromstring(text).iter("testcase") if c.get("name")]
+    failed = [(c, part) for c in cases for part in c if part.tag in ("failure", "error")]
     skipped = [c for c in cases if c.find("skipped") is not None]
+    bad = {id(c): f"{c.get('classname')}::{c.get('name')}: {_short(part.get('message'))}" for c, part in failed}
     return {
-        "passed": len(cases) - len(failed) - len(skipped),
-        "failed": len(failed),
+        "passed": len(cases) - len(bad) - len(skipped),
+        "failed": len(bad),
         "skipped": len(skipped),
-        "failures": [f"{c.get('classname')}::{c.get('name')}" for c in failed],
+        "failures": list(bad.values()),
         "seconds": round(sum(float(c.get("time", 0)) for c in cases), 1),
     }
+
+
+def _short(message: str | None) -> str:
+    return " ".join((message or "").split())[:300]
 
 
 # Benches
@@ -290,8 +334,10 @@ def print_report(figures: Figures) -> None:
         print("held  " if bar["held"] else "MISSED", f"{bar['name']} = {bar['value']:.2f}")
     if "passed" in figures.get("tests", {}):
         print("tests: {passed} passed, {failed} failed, {skipped} skipped".format(**figures["tests"]))
-    for failure in figures["failures"]:
-        print(failure)
+    for failure in figures["failures"][:_SHOWN]:
+        print(failure[:160])
+    if len(figures["failures"]) > _SHOWN:
+        print(f"and {len(figures['failures']) - _SHOWN} more: see the file")
 
 
 def main() -> int:

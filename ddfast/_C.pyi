@@ -74,6 +74,7 @@ def append_normed_cpu(
     side_stride: int,
     row_stride: int,
     head_stride: int,
+    position_stride: int,
     length: int,
     half: bool,
 ) -> None: ...
@@ -89,6 +90,7 @@ def append_rotated_cpu(
     side_stride: int,
     row_stride: int,
     head_stride: int,
+    position_stride: int,
     length: int,
     half: bool,
 ) -> None: ...

@@ -68,6 +68,7 @@ def append_normed(qkv: Tensor, scale: Tensor | None, cache: Tensor, length: Tens
         width,
         cache.data_ptr(),
         *_strides(cache),
+        cache.stride(3),
         length.data_ptr(),
         qkv.dtype == torch.bfloat16,
     )
@@ -85,6 +86,7 @@ def append_rotated(qkv: Tensor, heads: int, rope: Tensor, cache: Tensor, length:
         width,
         cache.data_ptr(),
         *_strides(cache),
+        cache.stride(3),
         length.data_ptr(),
         qkv.dtype == torch.bfloat16,
     )

@@ -38,10 +38,12 @@ class KVCache:
     def __init__(
         self, layers: int, rows: int, heads: int, positions: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (layers, 2, rows, heads, positions, width)
-        self.data_N2RHLd = (
-            _huge_pages(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
-        )
+        if device.type == "cpu":  # heads side by side: attention of one query reads a row's from front to back
+            memory = _huge_pages((layers, 2, rows, positions, heads, width), dtype)
+            self.data_N2RHLd = memory.transpose(3, 4)
+        else:
+            shape = (layers, 2, rows, heads, positions, width)
+            self.data_N2RHLd = torch.empty(shape, dtype=dtype, device=device)
         self.length = torch.zeros(1, dtype=torch.int32, device=device)
         self.start = 0
         self._layers: dict[int, list[Tensor]] = {}

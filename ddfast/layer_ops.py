@@ -135,7 +135,7 @@ def _check_cache(cache: Tensor, rows: int, heads: int | None, width: int, like: 
     if cache.shape[1] != rows:
         _refuse("cache", f"is of a batch of {cache.shape[1]} rows, but {rows} are given")
     _check("cache", cache, (2, rows, heads or cache.shape[2], cache.shape[3], width), like.dtype, like)
-    if cache.stride(3) != width:
+    if cache.is_cuda and cache.stride(3) != width:
         _refuse("cache", f"must have its positions one after another (stride {width}), not {cache.stride(3)} apart")
 
 

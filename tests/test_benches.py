@@ -249,11 +249,41 @@ def broken(): raise ValueError
 def test_error(broken): pass
 """
     (tmp_path / "test_it.py").write_text(source)
-    counts = gpu.run_tests(60, [str(tmp_path)])
+    (tmp_path / "test_dies.py").write_text("import os\ndef test_good(): pass\ndef test_dies(): os._exit(9)\n")
+    files = [tmp_path / "test_dies.py", tmp_path / "test_it.py"]
+    counts = gpu.run_tests(60, files, ())
     assert (counts["passed"], counts["failed"], counts["skipped"]) == (2, 2, 1)
-    assert sorted(name.split("::")[1] for name in counts["failures"]) == ["test_bad[1]", "test_error"]
-    (tmp_path / "test_it.py").write_text("import time; time.sleep(60)")
-    assert gpu.run_tests(0.5, [str(tmp_path)]) == {"problem": "pytest took more than 0 s"}
+    names = sorted(name.split("::")[1] for name in counts["failures"])
+    assert [name.partition(":")[0] for name in names] == ["test_bad[1]", "test_error"] and "assert 1 == 2" in names[0]
+    assert counts["problem"] == "test_dies.py: pytest ended with 9" and set(counts["seconds"]) == {
+        "test_dies",
+        "test_it",
+    }
+    assert gpu.failures({"tests": counts})[-2:] == [f"failed: {name}" for name in counts["failures"]]
+
+
+def test_tests_that_take_too_long_are_interrupted_and_the_finished_ones_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, wait = tmp_path / "started", gpu._wait
+
+    def wait_once_started(run: Any, until: float) -> bool:
+        while not started.exists():
+            time.sleep(0.05)
+        return wait(run, time.monotonic())
+
+    source = f"import time\ndef test_good(): pass\ndef test_hangs(): open({str(started)!r}, 'w'); time.sleep(60)\n"
+    (tmp_path / "test_it.py").write_text(source)
+    monkeypatch.setattr(gpu, "_wait", wait_once_started)
+    counts = gpu.run_tests(60, [tmp_path / "test_it.py"], ())
+    assert (counts["passed"], counts["failed"]) == (1, 0)
+    assert counts["problem"] == "test_it.py took more than 60 s"
+
+
+def test_gpu_tests_are_found() -> None:
+    names = {path.name for path in gpu.test_files()}
+    assert {"test_layers_cuda.py", "test_kernels.py", "test_engine.py", "test_linear.py"} <= names
+    assert not names & {"test_benches.py", "test_cli.py"}
 
 
 def test_names() -> None:

@@ -1,5 +1,5 @@
-// Attention to a cache. Many queries: keys and values are laid out once a head for products in registers, scores of a
-// block of queries are kept whole, and sums are float32. One query: keys and values are read where they lie.
+// Attention to a cache, scores and sums in float32. Many queries: keys and values are laid out once a head for products in
+// registers, and the scores of a block of queries are kept whole. One query: keys and values are read where they lie.
 #pragma once
 
 #include "layers.h"
@@ -31,13 +31,14 @@ DDFAST_INLINE Plan plan(const AttentionJob& job) {
     return p;
 }
 
-// Few queries, so that laying out keys and values would be most of the work.
-DDFAST_INLINE bool few_queries(const AttentionJob& job) {
-    return job.n * (job.heads / job.kv_heads) <= 2 && (!job.half || job.width % 2 == 0);
-}
+// One query a row, so that laying out keys and values would be most of the work.
+DDFAST_INLINE bool one_query(const AttentionJob& job) { return job.n == 1 && (!job.half || job.width % 2 == 0); }
 
 int64_t attend_floats(const AttentionJob& job) {
-    if (few_queries(job)) return whole_lanes(job.keys);
+    if (one_query(job)) {
+        const int64_t states = job.heads * ((job.width + kLanes - 1) / kLanes) * 4 * kLanes;  // queries and sums, at most
+        return states + (job.keys + 5) * whole_lanes(job.heads);
+    }
     const Plan p = plan(job);
     return p.units * p.span + p.key_units * p.columns + kQueries * (p.units + 2 * p.span);
 }
@@ -263,92 +264,93 @@ struct Words {
     }
 };
 
-// Scores of one query to weights e^(score - largest) in place; gives 1 / their sum, NaN if a score is NaN or infinite,
-// which power_of_two would hide. Behind the last key its score is repeated, up to whole vectors.
-DDFAST_INLINE float weigh_one(float* scores, int64_t keys) {
-    Vec top = load<Vec>(scores), total{};
-    for (int64_t j = kLanes; j < keys; j += kLanes) top = larger(load<Vec>(scores + j), top);
-    const float best = max_lanes(top);
-    for (int64_t j = 0; j < keys; j += kLanes) {
-        const Vec below = load<Vec>(scores + j) - best;
-        store(scores + j, power_of_two(below * 1.44269504f));
-        total += below * 0.0f;
-        total += j + kLanes <= keys ? load<Vec>(scores + j) : read_some(scores + j, keys - j);
-    }
-    return 1.0f / sum_lanes(total);
-}
-
-// One query: dot products along the width, then weighted rows of values, both where they lie. While keys are read, values
-// are fetched, and while these are, the keys of the next head, from far behind each other in memory.
-template <class Row>
-void attend_one(const AttentionJob& job, int64_t row, int64_t head, int64_t position, float* scores) {
+// One query a row: every head of a row at once, key after key, so that a cache whose heads lie side by side is read from
+// front to back. Heads first .. last - 1 of the keys. Scores have a head a lane.
+template <class Row, int kSlices>
+void attend_one(const AttentionJob& job, int64_t row, int64_t first, int64_t last, float* scratch) {
     typedef typename Row::Number T;
-    const int64_t kv_head = head / (job.heads / job.kv_heads), width = job.width;
-    const T* q = static_cast<const T*>(job.q) + row * job.q_row + position * job.q_position + head * job.q_head;
-    const T* keys = static_cast<const T*>(job.k) + row * job.k_row + kv_head * job.k_head;
-    const T* values = static_cast<const T*>(job.v) + row * job.v_row + kv_head * job.v_head;
-    const T* next = kv_head + 1 < job.kv_heads ? keys + job.k_head : keys + job.k_row - kv_head * job.k_head;
-    if (kv_head + 1 == job.kv_heads && row + 1 == job.rows) next = values;
-    const int64_t bytes = width * sizeof(T);
-    const auto fetch = [&](const T* from) {
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + i);
-    };
-    constexpr int kSlices = 4;  // at once
-    for (int64_t begin = 0; begin < width; begin += kSlices * Row::kColumns) {
-        typename Row::Query query[kSlices];
-        int slices = 0;
-        for (int64_t at = begin; at < width && slices < kSlices; at += Row::kColumns) query[slices++] = Row::query(q + at, width - at);
-        for (int64_t j = 0; j < job.keys; j += kLanes) {
+    const int64_t group = job.heads / job.kv_heads, heads = (last - first) * group, lanes = whole_lanes(heads);
+    const int64_t width = kSlices ? kSlices * Row::kColumns : job.width;
+    const int64_t slices = kSlices ? kSlices : (width + Row::kColumns - 1) / Row::kColumns;
+    const T* k = static_cast<const T*>(job.k) + row * job.k_row + first * job.k_head;
+    const T* v = static_cast<const T*>(job.v) + row * job.v_row + first * job.v_head;
+    typename Row::Query* query = reinterpret_cast<typename Row::Query*>(scratch);
+    typename Row::Sum* sums = reinterpret_cast<typename Row::Sum*>(query + heads * slices);
+    float* scores = reinterpret_cast<float*>(sums + heads * slices);
+    float* by = scores + job.keys * lanes;
+    int64_t* key_of = reinterpret_cast<int64_t*>(by + lanes);  // where each head's keys and values begin
+    int64_t* value_of = key_of + heads;
+    for (int64_t h = 0; h < heads; ++h) {
+        key_of[h] = h / group * job.k_head;
+        value_of[h] = h / group * job.v_head;
+        const T* q = static_cast<const T*>(job.q) + row * job.q_row + (first * group + h) * job.q_head;
+        for (int64_t s = 0; s < slices; ++s) {
+            query[h * slices + s] = Row::query(q + s * Row::kColumns, width - s * Row::kColumns);
+            sums[h * slices + s] = {};
+        }
+    }
+
+    for (int64_t j = 0; j < job.keys; ++j)
+        for (int64_t block = 0; block < lanes; block += kLanes) {
             Vec dots[kLanes];
 #pragma GCC unroll 16
-            for (int k = 0; k < kLanes; ++k) {
-                const int64_t at = j + k < job.keys ? j + k : job.keys - 1;
-                const T* key = keys + at * job.k_position;
-                if (begin == 0) fetch(values + at * job.v_position);
-                Vec dot{};
-                for (int i = 0; i < slices; ++i)
-                    dot = Row::dot(dot, query[i], key + begin + i * Row::kColumns, width - begin - i * Row::kColumns);
-                dots[k] = dot;
+            for (int i = 0; i < kLanes; ++i) {
+                dots[i] = Vec{};
+                const int64_t h = block + i;
+                if (h >= heads) continue;
+                const T* key = k + j * job.k_position + key_of[h];
+
+                for (int64_t s = 0; s < slices; ++s)
+                    dots[i] = Row::dot(dots[i], query[h * slices + s], key + s * Row::kColumns, width - s * Row::kColumns);
             }
-            transpose<kLanes>(dots);
-            Vec score = begin == 0 ? Vec{} : load<Vec>(scores + j);
-#pragma GCC unroll 16
-            for (int k = 0; k < kLanes; ++k) score += dots[k] * job.scale;
-            store(scores + j, score);
+            store(scores + j * lanes + block, sums_of<kLanes>(dots) * job.scale);
         }
-    }
-    const float by = weigh_one(scores, job.keys);
-    T* out = static_cast<T*>(job.out) + ((row * job.n + position) * job.heads + head) * width;
-    for (int64_t begin = 0; begin < width; begin += 2 * Row::kColumns) {
-        typename Row::Sum first, second;
-        const int64_t left = width - begin, more = left - Row::kColumns;
+
+    // Weights e^(score - largest); their sum is NaN if a score is NaN or infinite, which power_of_two would hide.
+    for (int64_t block = 0; block < lanes; block += kLanes) {
+        Vec top = load<Vec>(scores + block), total{};
+        for (int64_t j = 1; j < job.keys; ++j) top = larger(load<Vec>(scores + j * lanes + block), top);
         for (int64_t j = 0; j < job.keys; ++j) {
-            const T* value = values + j * job.v_position + begin;
-            if (begin == 0) fetch(next + j * job.k_position);
-            Row::add(first, scores[j], value, left);
-            if (more > 0) Row::add(second, scores[j], value + Row::kColumns, more);
+            const Vec below = load<Vec>(scores + j * lanes + block) - top;
+            const Vec w = power_of_two(below * 1.44269504f);
+            store(scores + j * lanes + block, w);
+            total += w + below * 0.0f;
         }
-        Row::put(out + begin, first, by, left);
-        if (more > 0) Row::put(out + begin + Row::kColumns, second, by, more);
+        store(by + block, 1.0f / total);
     }
+
+    for (int64_t j = 0; j < job.keys; ++j)
+        for (int64_t h = 0; h < heads; ++h) {
+            const T* value = v + j * job.v_position + value_of[h];
+            for (int64_t s = 0; s < slices; ++s)
+                Row::add(sums[h * slices + s], scores[j * lanes + h], value + s * Row::kColumns, width - s * Row::kColumns);
+        }
+    T* out = static_cast<T*>(job.out) + (row * job.heads + first * group) * width;
+    for (int64_t h = 0; h < heads; ++h)
+        for (int64_t s = 0; s < slices; ++s)
+            Row::put(out + h * width + s * Row::kColumns, sums[h * slices + s], by[h], width - s * Row::kColumns);
 }
 
 template <class T, class Row>
-void attend_head(const AttentionJob& job, int64_t row, int64_t kv_head, float* scratch) {
-    if (few_queries(job)) {
-        const int64_t group = job.heads / job.kv_heads;
-        for (int64_t i = 0; i < group * job.n; ++i)
-            attend_one<Row>(job, row, kv_head * group + i / job.n, i % job.n, scratch);
-        return;
+void attend_heads(const AttentionJob& job, int64_t row, int64_t first, int64_t last, float* scratch) {
+    if (one_query(job)) {
+        if (job.width == 64) return attend_one<Row, 64 / Row::kColumns>(job, row, first, last, scratch);
+        return attend_one<Row, 0>(job, row, first, last, scratch);
     }
-    if constexpr (kPairs && sizeof(T) == 2) {
-        if (plan(job).pairs) return attend_many<true, T>(job, row, kv_head, scratch);
+    for (int64_t kv_head = first; kv_head < last; ++kv_head) {
+        if constexpr (kPairs && sizeof(T) == 2) {
+            if (plan(job).pairs) {
+                attend_many<true, T>(job, row, kv_head, scratch);
+                continue;
+            }
+        }
+        attend_many<false, T>(job, row, kv_head, scratch);
     }
-    attend_many<false, T>(job, row, kv_head, scratch);
 }
 
-void attend(const AttentionJob& job, int64_t row, int64_t kv_head, float* scratch) {
-    job.half ? attend_head<Bfloat16, Words>(job, row, kv_head, scratch) : attend_head<float, Floats>(job, row, kv_head, scratch);
+void attend(const AttentionJob& job, int64_t row, int64_t first, int64_t last, float* scratch) {
+    job.half ? attend_heads<Bfloat16, Words>(job, row, first, last, scratch)
+             : attend_heads<float, Floats>(job, row, first, last, scratch);
 }
 
 }  // namespace

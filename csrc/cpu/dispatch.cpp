@@ -1,6 +1,9 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include "fast.h"
 #include "layers.h"
@@ -173,6 +176,14 @@ void nearest_code(const NearestJob& given) {
     }
 }
 
+static int64_t max_threads() {
+#if defined(_OPENMP)
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
 // Whether an amount of work, in vector operations or so, is worth waking threads for.
 static bool much(int64_t work) { return work > 5000; }
 
@@ -199,15 +210,19 @@ void append(const AppendJob& job) {
 
 void attention(const AttentionJob& job) {
     const LayerKernels& kernels = *current().layers;
-    const int64_t tasks = job.rows * job.kv_heads, floats = kernels.attend_floats(job);
+    // Of one query, a row's heads are read together; with few rows they are parted, so that every thread has some.
+    const int64_t wanted = job.n > 1 ? job.kv_heads : (2 * max_threads() + job.rows - 1) / std::max<int64_t>(job.rows, 1);
+    const int64_t parts = std::min(wanted, job.kv_heads), tasks = job.rows * parts;
+    const int64_t floats = kernels.attend_floats(job);
 #pragma omp parallel if (much(job.rows * job.heads * job.n * job.keys * job.width / 8))
     {
         thread_local Floats memory;
         float* scratch = memory.reserve(floats);
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; ++task) {
             if (poison()) scratch = memory.reserve(floats);
-            kernels.attend(job, task / job.kv_heads, task % job.kv_heads, scratch);
+            const int64_t part = task % parts;
+            kernels.attend(job, task / parts, part * job.kv_heads / parts, (part + 1) * job.kv_heads / parts, scratch);
         }
     }
 }

@@ -29,8 +29,8 @@ struct AppendJob {
     const float* scale;  // [H]: norm queries and keys, then scale queries; or null
     const float* rope;   // [.., d / 2, 2], cos and sin by position: turn queries and keys; or null
     int64_t rows, n, heads, kv_heads, width;
-    void* cache;  // [2, R, Hk, L, d] of these strides, then d and 1
-    int64_t side_stride, row_stride, head_stride;
+    void* cache;  // [2, R, Hk, L, d] of these strides, then 1
+    int64_t side_stride, row_stride, head_stride, position_stride;
     int64_t start;  // the first position to write
     bool half;
 };
@@ -74,7 +74,8 @@ struct QuantizerJob {
 struct LayerKernels {
     void (*norm_rows)(const NormJob& job, int64_t first, int64_t last);
     void (*append_row)(const AppendJob& job, int64_t row, int64_t position, float* scratch);
-    void (*attend)(const AttentionJob& job, int64_t row, int64_t kv_head, float* scratch);
+    // Heads first .. last - 1 of the keys.
+    void (*attend)(const AttentionJob& job, int64_t row, int64_t first, int64_t last, float* scratch);
     int64_t (*attend_floats)(const AttentionJob& job);  // of scratch
     void (*swiglu_row)(const SwigluJob& job, int64_t row);
     void (*quantize_image)(const QuantizerJob& job, int64_t image, float* scratch);

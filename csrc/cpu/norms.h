@@ -113,7 +113,7 @@ void append_at(const AppendJob& job, int64_t row, int64_t position, float* scrat
     T* q = static_cast<T*>(job.qkv) + (row * job.n + position) * per * width;
     const T* k = q + job.heads * width;
     const T* v = k + job.kv_heads * width;
-    T* keys = static_cast<T*>(job.cache) + row * job.row_stride + (job.start + position) * width;
+    T* keys = static_cast<T*>(job.cache) + row * job.row_stride + (job.start + position) * job.position_stride;
     T* values = keys + job.side_stride;
     float* cos = scratch;
     float* sin = scratch + whole_lanes(width);

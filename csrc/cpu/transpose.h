@@ -1,4 +1,4 @@
-// Square transposes in registers, for any power of two of lanes.
+// Square transposes, and sums across lanes, in registers, for any power of two of lanes.
 #pragma once
 
 #include <utility>
@@ -42,6 +42,21 @@ DDFAST_INLINE void transpose(typename Lane<kSize>::Floats* rows) {
             if (!(i & kStep))
                 exchange<kSize, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kSize>{});
         transpose<kSize, 2 * kStep>(rows);
+    }
+}
+
+// The sums of kSize rows of kSize lanes, one a lane: a transpose that adds as it goes. The rows are lost.
+template <int kSize, int kStep = 1>
+DDFAST_INLINE typename Lane<kSize>::Floats sums_of(typename Lane<kSize>::Floats* rows) {
+    if constexpr (kStep < kSize) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kSize; i += 2 * kStep) {
+            exchange<kSize, kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kSize>{});
+            rows[i] = rows[i] + rows[i + kStep];
+        }
+        return sums_of<kSize, 2 * kStep>(rows);
+    } else {
+        return rows[0];
     }
 }
 
