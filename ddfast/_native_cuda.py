@@ -19,6 +19,7 @@ with contextlib.suppress(ModuleNotFoundError):  # ddfast._native says what its a
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MOST_WIDTH, _PART_HEAD = 256, 2  # of csrc/core/layers_attention.h
+_PACK_BYTES = 16  # the most that a kernel reads at once
 
 
 def _run(name: str, like: Tensor, *arguments: float) -> None:
@@ -32,6 +33,14 @@ def _run(name: str, like: Tensor, *arguments: float) -> None:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _check_pairs(**named: Tensor) -> None:
+    """UserError for a tensor whose pairs of numbers, which are read at once, do not lie at even places."""
+    for name, tensor in named.items():
+        odd = any(stride % 2 for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False) if size > 1)
+        if odd or tensor.data_ptr() % (2 * tensor.element_size()):
+            raise UserError(f"{name} begins, or has strides, at odd numbers of entries: use .clone()")
 
 
 def add_layer_norm(
@@ -86,6 +95,9 @@ def append_rotated(qkv: Tensor, heads: int, rope: Tensor, cache: Tensor, length:
     rows, n, _, width = qkv.shape
     if width % 2:
         raise UserError(f"qkv has heads of width {width}, but RoPE turns pairs: use an even one")
+    _check_pairs(qkv=qkv, cache=cache)
+    if rope.data_ptr() % _PACK_BYTES:
+        rope = rope.clone()
     _run(
         "append_rotated",
         qkv,
@@ -138,6 +150,7 @@ def decode_attention(
             f"q has heads of width {width}: the CUDA kernel takes even ones up to {_MOST_WIDTH}; for others, use "
             'ddfast.ops.forced("torch")'
         )
+    _check_pairs(q=q, cache=cache)
     splits = splits or _splits(q, cache)
     stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
     count = rows * heads * splits * (width + _PART_HEAD)

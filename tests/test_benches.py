@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_flow
+import bench_pairs
 import bench_solvers
 import flow_cases
 import gpu
@@ -21,10 +22,12 @@ import naive
 import pytest
 import torch
 from flow_helpers import one_thread  # noqa: F401 - a fixture
+from gpu_pairs import count_work
 
 from ddfast import _native, ops
 from ddfast.flow import DEFAULT_NFE, LogitFilter, filter_logits, make_solver
 from ddfast.flow.tokens import guide
+from ddfast.models import load_teacher
 
 BENCHES = Path(bench_flow.__file__).parent
 CPU = torch.device("cpu")
@@ -328,3 +331,23 @@ def test_all_stages_end_in_one_file_and_a_status(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "tests", "--out", str(tmp_path / "some" / "other.json")])
     assert gpu.main() == 1
     assert set(json.loads((tmp_path / "some" / "other.json").read_text())) & {"benches", "tuned"} == set()
+
+
+# Pairs
+
+
+@pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])
+def test_pairs_are_set_beside_their_own_matrix_products(name: str) -> None:
+    teacher = load_teacher(name)
+    row = bench_pairs.timed_pairs(teacher, "release", batch=3, rounds=2, batches=2)
+    work = count_work(teacher.transformer.config)  # all but the word embedding
+    assert row["gemm_gflop_per_pair"] == pytest.approx(work.gemm_flop / 1e9, rel=0.02)
+    assert row["pairs"] == 12 and row["time_over_gemm"] > 1 and len(row["time_over_gemm_of_rounds"]) == 2
+    assert 0 < row["flow_s_per_pair"] < row["s_per_pair"] == pytest.approx(1 / row["pairs_per_s"])
+    assert row["dtype"] == "float32" and row["guidance"] == teacher.preset("release").guidance
+
+
+def test_endurance_reports_speed_and_memory() -> None:
+    figures = bench_pairs.endurance(0.04)
+    assert figures["shards"] >= 1 and figures["minutes"]
+    assert all(row["pairs_per_s"] > 0 and row["rss_mib"] > 50 for row in figures["minutes"])

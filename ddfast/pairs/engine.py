@@ -59,7 +59,8 @@ class ShardBuffer:
             UserError: naming the first pair and position at which the teacher's logits overflowed.
         """
         if self._filled is not None:
-            self._filled.synchronize()
+            with torch.cuda.device(self._device):  # a thread that waits would otherwise take a piece of the first GPU
+                self._filled.synchronize()
         pairs = self.manifest.shard_range(shard)
         count = len(pairs)
         raise_bad_pairs(self.evaluations[:count], pairs.start, shard)

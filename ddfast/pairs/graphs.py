@@ -7,6 +7,7 @@ of rows: few, however many steps.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,6 +45,7 @@ class CudaRecorder:
             run()
         current.wait_stream(self._stream)
         torch.cuda.synchronize(self._device)
+        gc.collect()  # not while recording, when nothing may be freed
         torch.cuda.empty_cache()  # graphs take their memory from a pool of their own
 
     def record(self, run: Callable[[], None]) -> Replay:
