@@ -47,16 +47,15 @@ void add_rms_norm(uintptr_t x, uintptr_t branch, uintptr_t weight, float eps, in
 }
 
 void append_normed(uintptr_t qkv, uintptr_t scale, int64_t rows, int64_t n, int64_t heads, int64_t width,
-                   uintptr_t cache, int64_t side_stride, int64_t row_stride, int64_t head_stride, int64_t position_stride,
-                   uintptr_t length,
-                   bool half) {
+                   uintptr_t cache, int64_t side_stride, int64_t row_stride, int64_t head_stride,
+                   int64_t position_stride, uintptr_t length, bool half) {
     ddfast::cpu::append({at<void>(qkv), at<float>(scale), nullptr, rows, n, heads, heads, width, at<void>(cache),
                          side_stride, row_stride, head_stride, position_stride, *at<int32_t>(length), half});
 }
 
 void append_rotated(uintptr_t qkv, uintptr_t rope, int64_t rows, int64_t n, int64_t heads, int64_t kv_heads,
-                    int64_t width, uintptr_t cache, int64_t side_stride, int64_t row_stride, int64_t head_stride, int64_t position_stride,
-                    uintptr_t length, bool half) {
+                    int64_t width, uintptr_t cache, int64_t side_stride, int64_t row_stride, int64_t head_stride,
+                    int64_t position_stride, uintptr_t length, bool half) {
     ddfast::cpu::append({at<void>(qkv), nullptr, at<float>(rope), rows, n, heads, kv_heads, width, at<void>(cache),
                          side_stride, row_stride, head_stride, position_stride, *at<int32_t>(length), half});
 }
@@ -65,9 +64,9 @@ void attention(uintptr_t q, int64_t q_row, int64_t q_position, int64_t q_head, u
                int64_t k_head, int64_t k_position, uintptr_t v, int64_t v_row, int64_t v_head, int64_t v_position,
                int64_t rows, int64_t n, int64_t heads, int64_t kv_heads, int64_t keys, int64_t width, float scale,
                uintptr_t out, bool half) {
-    ddfast::cpu::attention({at<void>(q), q_row, q_position, q_head, at<void>(k), k_row, k_head, k_position, at<void>(v),
-                            v_row, v_head, v_position, rows, n, heads, kv_heads, keys, width, scale, at<void>(out),
-                            half});
+    ddfast::cpu::attention({at<void>(q), q_row,       q_position, q_head, at<void>(k), k_row,         k_head,
+                            k_position,  at<void>(v), v_row,      v_head, v_position,  rows,          n,
+                            heads,       kv_heads,    keys,       width,  scale,       at<void>(out), half});
 }
 
 void swiglu(uintptr_t gate_up, int64_t rows, int64_t hidden, uintptr_t out, bool half) {

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,11 @@ def solved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """What the kernels make of all cases."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     if request.param == "cuda":
-        return _to_cpu(cases.solve_all("cuda"))
+        return {
+            "flow": OnGpu(lambda name: cases.run_flow(FLOW[name], "cuda")),
+            "filter": OnGpu(lambda name: cases.run_filter(name, "cuda")),
+            "nearest": OnGpu(lambda name: cases.run_nearest(name, "cuda")),
+        }
     if _version(triton) < (3, 7) and _version(np) >= (2, 4):
         pytest.skip("the interpreter of Triton before 3.7 fails with NumPy 2.4")
     path = tmp_path_factory.mktemp("interpreter") / "results.pt"
@@ -46,10 +51,17 @@ def _version(module: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
-def _to_cpu(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_cpu(item) for key, item in value.items()}
-    return tuple(_to_cpu(item) for item in value) if isinstance(value, tuple) else value.cpu()
+class OnGpu(dict[str, Any]):
+    """Results by the name of a case, each made when it is asked for: to compile all would take minutes."""
+
+    def __init__(self, run: Callable[[str], Any]) -> None:
+        super().__init__()
+        self._run = run
+
+    def __missing__(self, name: str) -> Any:
+        made = self._run(name)
+        self[name] = tuple(part.cpu() for part in made) if isinstance(made, tuple) else made.cpu()
+        return self[name]
 
 
 def twin(case: Case, values: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

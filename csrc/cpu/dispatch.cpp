@@ -192,8 +192,7 @@ void norm(const NormJob& job) {
     constexpr int64_t kRows = 8;  // a task
     const int64_t tasks = (job.rows + kRows - 1) / kRows;
 #pragma omp parallel for schedule(static) if (much(job.rows * job.dim / 4))
-    for (int64_t task = 0; task < tasks; ++task)
-        norm_rows(job, task * kRows, std::min((task + 1) * kRows, job.rows));
+    for (int64_t task = 0; task < tasks; ++task) norm_rows(job, task * kRows, std::min((task + 1) * kRows, job.rows));
 }
 
 void append(const AppendJob& job) {
@@ -211,7 +210,8 @@ void append(const AppendJob& job) {
 void attention(const AttentionJob& job) {
     const LayerKernels& kernels = *current().layers;
     // Of one query, a row's heads are read together; with few rows they are parted, so that every thread has some.
-    const int64_t wanted = job.n > 1 ? job.kv_heads : (2 * max_threads() + job.rows - 1) / std::max<int64_t>(job.rows, 1);
+    const int64_t wanted =
+        job.n > 1 ? job.kv_heads : (2 * max_threads() + job.rows - 1) / std::max<int64_t>(job.rows, 1);
     const int64_t parts = std::min(wanted, job.kv_heads), tasks = job.rows * parts;
     const int64_t floats = kernels.attend_floats(job);
 #pragma omp parallel if (much(job.rows * job.heads * job.n * job.keys * job.width / 8))

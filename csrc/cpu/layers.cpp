@@ -1,5 +1,5 @@
-// The loops of layers.h, compiled once per instruction set with DDFAST_LAYER_KERNELS naming the table; as in kernels.cpp,
-// no standard templates.
+// The loops of layers.h, compiled once per instruction set with DDFAST_LAYER_KERNELS naming the table; as in
+// kernels.cpp, no standard templates.
 #include "layers.h"
 
 #include "attention.h"

@@ -1,5 +1,5 @@
-// What a cached transformer does between its matrix products, on the CPU: what one call asks for, and the table of loops
-// that answer it. ddfast/layers.py is the readable twin. Models are float32 or bfloat16; sums are float32.
+// What a cached transformer does between its matrix products, on the CPU: what one call asks for, and the table of
+// loops that answer it. ddfast/layers.py is the readable twin. Models are float32 or bfloat16; sums are float32.
 //
 // Axes: R rows of a batch, n positions of a call, H heads, Hk heads of keys and values, d head width, S keys.
 #pragma once

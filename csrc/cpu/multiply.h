@@ -6,9 +6,9 @@
 namespace ddfast::cpu {
 namespace {
 
-constexpr int kTileRows = 6;                               // rows of a product made at once
-constexpr int kTileVecs = kLanes == 16 ? 4 : 2;            // and vectors of columns
-constexpr int64_t kTileColumns = kTileVecs * kLanes;       // 64, 16 or 8
+constexpr int kTileRows = 6;                          // rows of a product made at once
+constexpr int kTileVecs = kLanes == 16 ? 4 : 2;       // and vectors of columns
+constexpr int64_t kTileColumns = kTileVecs * kLanes;  // 64, 16 or 8
 
 // Two bfloat16 numbers in the place of a float: Zen 4, Cooper Lake and later multiply both at once.
 #if defined(__AVX512BF16__)

@@ -65,9 +65,7 @@ void swiglu(const SwigluJob& job, int64_t row) {
     });
 }
 
-void swiglu_row(const SwigluJob& job, int64_t row) {
-    job.half ? swiglu<Bfloat16>(job, row) : swiglu<float>(job, row);
-}
+void swiglu_row(const SwigluJob& job, int64_t row) { job.half ? swiglu<Bfloat16>(job, row) : swiglu<float>(job, row); }
 
 // to = from * factor / |from|
 template <class T>
