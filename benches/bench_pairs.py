@@ -98,10 +98,13 @@ def flow_clock() -> Iterator[list[float]]:
         ops.flow = real
 
 
-def timed_pairs(teacher: Teacher, preset: str, batch: int, rounds: int, batches: int = 1) -> dict[str, Any]:
+def timed_pairs(
+    teacher: Teacher, preset: str, batch: int, rounds: int, batches: int = 1, precision: str = "native"
+) -> dict[str, Any]:
     """Make ``batches`` batches as ``ddfast pairs`` does, ``rounds`` times, the bare products of one batch in between.
 
-    The medians of both are compared: they see the same neighbours on a shared machine.
+    The medians of both are compared: they see the same neighbours on a shared machine. Quantised products are set
+    beside those of the teacher's dtype.
     """
     sampling = TEACHERS[teacher.name].presets[preset]
     solver = make_solver()
@@ -110,11 +113,13 @@ def timed_pairs(teacher: Teacher, preset: str, batch: int, rounds: int, batches:
     teacher.prepare()
     gemms = Gemms(teacher, warm, batch)
     gemms()
+    teacher.prepare(precision)
+    make_shard(teacher, warm, 0, batch)
     seconds, bare, flows = [], [], []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder, flow_clock() as flow:
             begin = time.perf_counter()
-            execute(Plan(Path(folder), manifest, [0]), teacher, batch)
+            execute(Plan(Path(folder), manifest, [0]), teacher, batch, precision=precision)
             seconds.append((time.perf_counter() - begin) / batches)
         flows.append(flow[0] / batches)
         begin = time.perf_counter()
@@ -128,6 +133,7 @@ def timed_pairs(teacher: Teacher, preset: str, batch: int, rounds: int, batches:
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "dtype": str(teacher.dtype).removeprefix("torch."),
+        "precision": precision,
         "batch": batch,
         "rounds": rounds,
         "pairs": batch * batches * rounds,
@@ -205,15 +211,16 @@ def main() -> None:
             if args.quick and dtype == torch.float32:
                 continue
             teacher = random_teacher(name, dtype)
-            for batch in batches:
-                rows.append(timed_pairs(teacher, "paper", batch, 2 if args.quick else 5))
-                show(rows[-1])
+            for batch, precision in [*((b, "native") for b in batches), (batches[-1], "int8")]:
+                if precision == "native" or (dtype == torch.bfloat16 and not args.quick):
+                    rows.append(timed_pairs(teacher, "paper", batch, 2 if args.quick else 5, precision=precision))
+                    show(rows[-1])
     figures = {"bench": "pairs", "hardware": hardware(), "weights": "random but for digits", "rows": rows}
     finish(figures, args.out or RESULTS / "pairs-cpu.json")
 
 
 def show(row: dict[str, Any]) -> None:
-    line = {k: row[k] for k in ("teacher", "dtype", "batch")}
+    line = {k: row[k] for k in ("teacher", "dtype", "precision", "batch")}
     print(
         json.dumps(line),
         f"{row['pairs_per_s']:.3g} pairs/s, {row['s_per_pair']:.3g} s a pair "

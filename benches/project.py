@@ -1,8 +1,8 @@
 """What 1.2 million pairs of each teacher take, in hours and money: rewrites the tables in docs/throughput.md.
 
 From rates that were measured (benches/results/pairs-cpu.json, gpu-*.json) and the work that each teacher of the zoo is.
-A teacher that was not measured gets the rate of the nearest one of its family: VAR by arithmetic, LlamaGen by bytes of
-weights and cache read.
+A teacher that was not measured gets the rate of the nearest one of its family, by arithmetic, but LlamaGen on a GPU by
+bytes of weights and cache read.
 
     python benches/project.py
     python benches/project.py --price-gpu 2.2 --price-cpu 0.08
@@ -36,22 +36,24 @@ def work_of(name: str) -> Work | None:
     return None if config is None else count_work(config)
 
 
-def amount(name: str, batch: int) -> float:
-    """The size of a pair by which rates scale within a family: GFLOP for VAR, GB read for LlamaGen."""
+def unit(name: str, gpu: bool) -> str:
+    """By what rates scale within a family: arithmetic, but on a GPU LlamaGen by what it reads."""
+    return "GB read" if gpu and TEACHERS[name].family == "LlamaGen" else "GFLOP"
+
+
+def amount(name: str, batch: int, gpu: bool) -> float:
+    """The size of a pair in that unit."""
     work = work_of(name)
     assert work is not None
-    return work.flop / 1e9 if TEACHERS[name].family == "VAR" else work.read_bytes(batch) / 1e9
+    return (work.flop if unit(name, gpu) == "GFLOP" else work.read_bytes(batch)) / 1e9
 
 
-def size(name: str, batch: int) -> str:
+def size(name: str, batch: int, gpu: bool) -> str:
     """That size with its unit."""
     if work_of(name) is None:
         return "small"
-    return f"{amount(name, batch):,.{0 if TEACHERS[name].family == 'VAR' else 1}f} {unit(name)}"
-
-
-def unit(name: str) -> str:
-    return "GFLOP" if TEACHERS[name].family == "VAR" else "GB read"
+    digits = 0 if unit(name, gpu) == "GFLOP" else 1
+    return f"{amount(name, batch, gpu):,.{digits}f} {unit(name, gpu)}"
 
 
 def best(rows: Iterable[Row]) -> dict[str, Row]:
@@ -64,7 +66,7 @@ def best(rows: Iterable[Row]) -> dict[str, Row]:
     return found
 
 
-def rate(name: str, measured: dict[str, Row]) -> tuple[float, str] | None:
+def rate(name: str, measured: dict[str, Row], gpu: bool) -> tuple[float, str] | None:
     """(pairs a second, where it is from), or None where nothing of the family was measured."""
     if name in measured:
         row = measured[name]
@@ -72,9 +74,14 @@ def rate(name: str, measured: dict[str, Row]) -> tuple[float, str] | None:
     family = [n for n in measured if TEACHERS[n].family == TEACHERS[name].family and work_of(n) is not None]
     if not family or work_of(name) is None:
         return None
-    near = min(family, key=lambda n: abs(amount(n, measured[n]["batch"]) - amount(name, measured[n]["batch"])))
-    batch = measured[near]["batch"]
-    return measured[near]["pairs_per_s"] * amount(near, batch) / amount(name, batch), f"{near}, by {unit(name)}"
+
+    def apart(other: str) -> float:
+        batch = measured[other]["batch"]
+        return abs(amount(other, batch, gpu) - amount(name, batch, gpu))
+
+    near = min(family, key=apart)
+    pairs_per_s, batch = measured[near]["pairs_per_s"], measured[near]["batch"]
+    return pairs_per_s * amount(near, batch, gpu) / amount(name, batch, gpu), f"{near}, by {unit(name, gpu)}"
 
 
 def number(value: float) -> str:
@@ -93,28 +100,28 @@ def in_all(pairs_per_s: float, price: float) -> str:
     return f"{number(hours)} | ${cost:,.0f}" if cost >= 10 else f"{number(hours)} | ${cost:.2f}"
 
 
-def table(measured: dict[str, Row], price: float) -> list[str]:
+def table(measured: dict[str, Row], price: float, gpu: bool) -> list[str]:
     """A line a teacher: its size, rate, hours and cost."""
     lines = [
         "| teacher | a guided pair | pairs/s | from | hours | cost |",
         "|---|---|---|---|---|---|",
     ]
     for name in TEACHERS:
-        known = rate(name, measured)
+        known = rate(name, measured, gpu)
         if known is None:
-            lines.append(f"| {name} | {size(name, BATCH)} | not measured | | | |")
+            lines.append(f"| {name} | {size(name, BATCH, gpu)} | not measured | | | |")
             continue
         speed, source = known
         batch = measured.get(name, {"batch": BATCH})["batch"]
-        lines.append(f"| {name} | {size(name, batch)} | {number(speed)} | {source} | {in_all(speed, price)} |")
+        lines.append(f"| {name} | {size(name, batch, gpu)} | {number(speed)} | {source} | {in_all(speed, price)} |")
     return lines
 
 
 def bar_rate(name: str, tflop_per_s: float, gb_per_s: float) -> float:
     """Pairs a second at which the bar of the family is just held."""
     if TEACHERS[name].family == "VAR":
-        return BARS["share_of_matmul_peak"] * 1e3 * tflop_per_s / amount(name, BATCH)
-    return BARS["share_of_copy_bandwidth"] * gb_per_s / amount(name, BATCH)
+        return BARS["share_of_matmul_peak"] * 1e3 * tflop_per_s / amount(name, BATCH, gpu=True)
+    return BARS["share_of_copy_bandwidth"] * gb_per_s / amount(name, BATCH, gpu=True)
 
 
 def bar_table(tflop_per_s: float, gb_per_s: float, price: float) -> list[str]:
@@ -123,7 +130,7 @@ def bar_table(tflop_per_s: float, gb_per_s: float, price: float) -> list[str]:
     for name in TEACHERS:
         if work_of(name) is not None:
             speed = bar_rate(name, tflop_per_s, gb_per_s)
-            lines.append(f"| {name} | {size(name, BATCH)} | {number(speed)} | {in_all(speed, price)} |")
+            lines.append(f"| {name} | {size(name, BATCH, gpu=True)} | {number(speed)} | {in_all(speed, price)} |")
     return lines
 
 
@@ -138,7 +145,7 @@ def projection(
     lines = [
         f"**CPU: {cpu['hardware']['cpu']}**, at ${price_cpu:.2f} an hour, from benches/results/pairs-cpu.json:",
         "",
-        *table(best(cpu["rows"]), price_cpu),
+        *table(best(cpu["rows"]), price_cpu, gpu=False),
         "",
     ]
     for figures in gpus:
@@ -146,7 +153,7 @@ def projection(
         lines += [
             f"**GPU: {gpu}**, one, at ${price_gpu:.2f} an hour:",
             "",
-            *table(best(figures["pairs"]), price_gpu),
+            *table(best(figures["pairs"]), price_gpu, gpu=True),
             "",
         ]
     if not gpus:

@@ -260,6 +260,26 @@ def test_cuda_graphs_give_the_tokens_of_eager_batches(name: str, interval: int) 
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+@pytest.mark.parametrize("name", ["var-d16", "llamagen-l-256"])
+def test_graphs_of_full_size_teachers_in_bfloat16(name: str, precision: str) -> None:
+    """What users run, with random weights: the tokens of eager calls, which differ from pair to pair."""
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs capability 8.9")
+    teacher = full_size.random_teacher(name, torch.bfloat16, "cuda")
+    teacher.prepare(precision, release=True)
+    manifest = describe(teacher, teacher.preset("paper"), make_solver(), num=16, shard_size=8)
+    made = PairDecoder(teacher, manifest, 4)
+    for first in (0, 8):
+        made.make(first, 4)
+        tokens = made.decoder.tokens_BL
+        assert bool((made.decoder.evaluations_BL >= 0).all()) and len(tokens.unique()) > 100
+        same = (tokens == at_once(teacher, manifest, first, 4)).float().mean()
+        assert same > 0.999, float(same)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])
 def test_a_gpu_fills_a_folder(tmp_path: Path, name: str) -> None:
     """Through graphs, pinned memory and the writer; every shard is what the plain function gives."""
@@ -754,15 +774,18 @@ def test_rates_scale_within_a_family(tmp_path: Path) -> None:
         {"name": "pairs var-d16 batch 1 native", "teacher": "var-d16", "note": "old"},
     ]
     measured = project.best(rows)
-    assert project.rate("var-d16", measured) == (1.0, "measured: bfloat16, batch 4")
+    assert project.rate("var-d16", measured, gpu=True) == (1.0, "measured: bfloat16, batch 4")
     flop = {name: gpu_pairs.count_work(TEACHERS[name].config).flop for name in ("var-d16", "var-d20", "var-d30")}
-    assert project.rate("var-d20", measured) == (pytest.approx(flop["var-d16"] / flop["var-d20"]), "var-d16, by GFLOP")
+    assert project.rate("var-d20", measured, gpu=True) == (
+        pytest.approx(flop["var-d16"] / flop["var-d20"]),
+        "var-d16, by GFLOP",
+    )
     read = [gpu_pairs.count_work(TEACHERS[f"llamagen-{x}-256"].config).read_bytes(64) for x in "bl"]
-    assert project.rate("llamagen-b-256", measured) == (
+    assert project.rate("llamagen-b-256", measured, gpu=True) == (
         pytest.approx(2 * read[1] / read[0]),
         "llamagen-l-256, by GB read",
     )
-    assert project.rate("digits-llamagen", measured) is None
+    assert project.rate("digits-llamagen", measured, gpu=True) is None
     (tmp_path / "pairs-cpu.json").write_text(json.dumps({"hardware": {"cpu": "a CPU"}, "rows": rows}))
     (tmp_path / "gpu-toy.json").write_text(json.dumps({"hardware": {"gpu": "Toy GPU"}, "pairs": rows[:1]}))
     text = project.projection(tmp_path, 36.0, 1.0)

@@ -7,13 +7,17 @@ import torch
 from conftest import Golden
 from torch import Tensor, nn
 
+from ddfast import ops
 from ddfast.errors import UserError
+from ddfast.flow import make_solver
+from ddfast.models import load_teacher
 from ddfast.models.base import Teacher
 from ddfast.models.llamagen import LlamaGenConfig, LlamaGenTransformer, rope_2d
 from ddfast.models.llamagen_teacher import LlamaGenTeacher
 from ddfast.models.quantizer import MultiScaleQuantizer
 from ddfast.models.var import VARConfig, VARTransformer
 from ddfast.models.var_teacher import VARTeacher
+from ddfast.pairs import decode
 
 
 class QuantizerOnly(nn.Module):
@@ -235,3 +239,82 @@ def test_a_class_that_does_not_exist_is_refused() -> None:
 
 def test_head_width_of_the_3b_model_has_a_rotation_table() -> None:
     assert rope_2d(24, 100, 10000.0).shape == (577, 50, 2)
+
+
+# Decoding with packed weights
+
+
+@pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])
+@torch.inference_mode()
+def test_tokens_agree_with_the_plain_module_given_the_same_prefix(name: str) -> None:
+    """Float32, guided: at least 99.5% of the tokens."""
+    teacher = load_teacher(name)
+    sampling, solver = teacher.preset("release"), make_solver()
+    labels = torch.arange(100) % 10
+    noise = torch.randn(100, teacher.num_tokens, teacher.codebook.shape[1], generator=torch.Generator().manual_seed(3))
+    tokens = decode(teacher, labels, noise, sampling, solver)
+    inputs = teacher.tokenizer.quantizer.teacher_forcing_inputs(tokens) if name == "digits-var" else tokens
+    cond, uncond = (teacher.transformer(who, inputs) for who in (labels, torch.full_like(labels, teacher.num_classes)))
+    weights = torch.tensor(teacher.guidance_weights(sampling.guidance)).repeat_interleave(torch.tensor(teacher.groups))
+    logits = (uncond + weights[:, None] * (cond - uncond)).flatten(0, 1)
+    flat, keep = noise.flatten(0, 1), teacher.filter(sampling)
+    want = ops.flow_tokens(logits, None, flat, teacher.codebook, guidance=1.0, filter=keep, solver=solver)
+    assert (tokens.flatten() == want).float().mean() >= 0.995
+
+
+def small_teachers() -> list[Teacher]:
+    return [tiny_llamagen(), load_teacher("digits-var")]
+
+
+def first_logits(teacher: Teacher) -> Tensor:
+    return teacher.logits(teacher.decode_state(torch.tensor([1, 2]), 0.5))[0]
+
+
+@pytest.mark.parametrize("teacher", small_teachers(), ids=lambda t: t.name)
+def test_released_matrices_serve_decoding_alone(teacher: Teacher) -> None:
+    before = first_logits(teacher)
+    held = sum(p.numel() for p in teacher.transformer.parameters())
+    teacher.prepare(release=True)
+    torch.testing.assert_close(first_logits(teacher), before)
+    assert sum(p.numel() for p in teacher.transformer.parameters()) < 0.5 * held
+    with pytest.raises(UserError, match="released by prepare"):
+        teacher.transformer(torch.tensor([1]), torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(UserError, match="released by prepare.*load it again"):
+        teacher.to(torch.bfloat16).decode_state(torch.tensor([1]), 1.0)
+
+
+@pytest.mark.parametrize("teacher", small_teachers(), ids=lambda t: t.name)
+def test_weights_that_change_are_packed_again(teacher: Teacher) -> None:
+    before = first_logits(teacher)
+    with torch.no_grad():
+        next(p for k, p in teacher.transformer.named_parameters() if k.endswith(("head.weight", "output.weight"))).mul_(
+            2
+        )
+    after = first_logits(teacher)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(first_logits(teacher.double()).float(), after, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("teacher", small_teachers(), ids=lambda t: t.name)
+@torch.inference_mode()
+def test_a_batch_begun_again_is_as_a_new_one(teacher: Teacher) -> None:
+    """In buffers full of the last one's numbers, and for fewer images."""
+    interval = 2 if teacher.steps_alike else -1
+    state = teacher.decode_state(torch.tensor([0, 1, 2]), 2.0, interval)
+    for labels in (torch.tensor([0, 1, 2]), torch.tensor([3, 4]), torch.tensor([2, 1, 0])):
+        teacher.restart(state, labels)
+        fresh = teacher.decode_state(labels, 2.0, interval)
+        for _ in teacher.groups:
+            got, want = teacher.logits(state), teacher.logits(fresh)
+            assert torch.equal(got[0], want[0]) and (got[1] is None) == (want[1] is None)
+            assert int(state.length) == int(fresh.length)
+            tokens = want[0].argmax(-1)
+            for one in (state, fresh):
+                teacher.append(one, tokens)
+        with pytest.raises(UserError, match="more do not fit"):
+            state.cache.advance(1)
+
+
+def test_a_precision_the_device_lacks_is_refused() -> None:
+    with pytest.raises(UserError, match="fp8"):
+        tiny_llamagen().prepare("fp8")
