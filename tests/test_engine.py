@@ -646,6 +646,7 @@ def test_precision_is_recorded_and_a_rerun_says_so(
     assert main(["pairs", "--teacher", bundle, "--out", str(tmp_path), *options]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "precision='int8'), the missing ones will be with Run(batch=8," in said and "precision='native')" in said
+    assert "slightly different teacher" in said
 
 
 def test_shards_from_before_precision_was_recorded_are_read(tmp_path: Path, teacher: Teacher) -> None:

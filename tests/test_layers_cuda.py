@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddfast import _native, _native_cuda, layers
+from ddfast import _native, _native_cuda, layers, ops
 from ddfast.errors import UserError
 
 Make = Callable[[], dict[str, Any]]
@@ -420,6 +420,30 @@ def real_cases() -> dict[str, tuple[str, Make, tuple[str, ...]]]:
 def test_real_sizes(name: str) -> None:
     operation, make, outputs = real_cases()[name]
     check(operation, "cuda", make, outputs)
+
+
+@gpu
+@needs_gpu
+def test_attention_of_every_scale_reads_the_cache_where_it_lies() -> None:
+    """torch's, in whatever way it chooses for bfloat16 and these strides; a CUDA graph of it gives the same bits."""
+    cache, stop, wrong = normal(2, 8, 16, 680, 64, dtype=torch.bfloat16).cuda(), 0, {}
+    for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16):
+        n, stop = side * side, stop + side * side
+        cache[:, :, :, stop:] = torch.nan
+        cache[:, :, :, :stop] = normal(2, 8, 16, stop, 64, seed=side).cuda()
+        q = normal(8, n, 3, 16, 64, seed=n, dtype=torch.bfloat16).cuda()[:, :, 0]
+        out, replayed = (torch.full((8, n, 16, 64), torch.nan, dtype=q.dtype, device="cuda") for _ in range(2))
+        k, v = cache[:, :, :, :stop]
+        ops.attention(q, k, v, 0.3, out)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ops.attention(q, k, v, 0.3, replayed)
+        graph.replay()
+        want = torch.softmax(0.3 * q.double().transpose(1, 2) @ k.double().mT, -1) @ v.double()
+        error = float((out.double() - want.transpose(1, 2)).abs().max())
+        if not (error < 0.03 and torch.equal(out, replayed)):
+            wrong[side] = error, float((out != replayed).float().mean())
+    assert not wrong
 
 
 def step_inputs() -> tuple[dict[str, Any], dict[str, Any]]:

@@ -230,12 +230,17 @@ def choose_batch(given: int | None, teacher: Teacher, plan: Plan) -> int:
 
 
 def say_rounding(console: Console, plan: Plan, run: Run) -> None:
-    """Say before the work starts that shards made in another way can differ by rounding."""
+    """Say before the work starts that shards made in another way can differ."""
     others = [other for other in plan.runs if other != run]
     if plan.missing and others:
+        rounding = all(other.precision == run.precision for other in others)
         console.print(
             f"note: shards already there were made with {others[0]}, the missing ones will be with {run}: "
-            "tokens may differ by rounding from a run in one way",
+            + (
+                "tokens may differ by rounding from a run in one way"
+                if rounding
+                else "another precision is a slightly different teacher (docs/throughput.md)"
+            ),
             highlight=False,
         )
 
