@@ -281,12 +281,12 @@ def _pattern() -> Tensor:
     return torch.randn(_PATTERN, generator=torch.Generator().manual_seed(6))
 
 
-def _normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     count = math.prod(shape)
     return _pattern().to(dtype).repeat(-(-count // _PATTERN))[:count].view(shape)
 
 
-def _layer_case(
+def layer_case(
     operation: str, size: str, make: Callable[[int], Arguments], rows: int, moved: float, flop: float = 0, **plain: Any
 ) -> Case:
     """An operation of ddfast.layers, which is the plain formulation, and others by name that take the same arguments.
@@ -337,28 +337,28 @@ def norm_case(rows: int, n: int, dim: int, dtype: torch.dtype) -> Case:
     """VAR's gate, sum, norm and modulation."""
 
     def make(rows: int) -> Arguments:
-        mods, branch = _normal(6, rows, dim), _normal(rows, n, dim, dtype=dtype)
+        mods, branch = normal(6, rows, dim), normal(rows, n, dim, dtype=dtype)
         of_mods = {"gate": mods[0], "scale": mods[1], "shift": mods[2], "eps": 1e-6}
-        return {"x": _normal(rows, n, dim), "branch": branch, **of_mods, "out": torch.full_like(branch, torch.nan)}
+        return {"x": normal(rows, n, dim), "branch": branch, **of_mods, "out": torch.full_like(branch, torch.nan)}
 
     moved = rows * n * dim * (8 + 2 * dtype.itemsize) + 12 * rows * dim
-    return _layer_case("add_layer_norm", f"[{rows}, {n}, {dim}] {_kind(dtype)}", make, rows, moved)
+    return layer_case("add_layer_norm", f"[{rows}, {n}, {dim}] {_kind(dtype)}", make, rows, moved)
 
 
 def rms_case(rows: int, dim: int, dtype: torch.dtype) -> Case:
     """LlamaGen's sum and norm, of one position."""
 
     def make(rows: int) -> Arguments:
-        branch = _normal(rows, 1, dim, dtype=dtype)
-        given = {"x": _normal(rows, 1, dim), "branch": branch, "weight": _normal(dim), "eps": 1e-5}
+        branch = normal(rows, 1, dim, dtype=dtype)
+        given = {"x": normal(rows, 1, dim), "branch": branch, "weight": normal(dim), "eps": 1e-5}
         return given | {"out": torch.full_like(branch, torch.nan)}
 
     moved = rows * dim * (8 + 2 * dtype.itemsize) + 4 * dim
-    return _layer_case("add_rms_norm", f"[{rows}, 1, {dim}] {_kind(dtype)}", make, rows, moved)
+    return layer_case("add_rms_norm", f"[{rows}, 1, {dim}] {_kind(dtype)}", make, rows, moved)
 
 
 def _cache(rows: int, heads: int, positions: int, width: int, dtype: torch.dtype) -> Tensor:
-    return _normal(2, rows, heads, positions, width, dtype=dtype)
+    return normal(2, rows, heads, positions, width, dtype=dtype)
 
 
 def append_normed_case(rows: int, n: int, heads: int, width: int, start: int, dtype: torch.dtype) -> Case:
@@ -366,14 +366,14 @@ def append_normed_case(rows: int, n: int, heads: int, width: int, start: int, dt
 
     def make(rows: int) -> Arguments:
         return {
-            "qkv": _normal(rows, n, 3, heads, width, dtype=dtype),
-            "scale": _normal(heads).exp(),
+            "qkv": normal(rows, n, 3, heads, width, dtype=dtype),
+            "scale": normal(heads).exp(),
             "cache": _cache(rows, heads, start + n, width, dtype),
             "length": torch.tensor([start], dtype=torch.int32),
         }
 
     moved = 2 * rows * n * 3 * heads * width * dtype.itemsize
-    return _layer_case("append_normed", f"[{rows}, {n}, 3, {heads}, {width}] {_kind(dtype)}", make, rows, moved)
+    return layer_case("append_normed", f"[{rows}, {n}, 3, {heads}, {width}] {_kind(dtype)}", make, rows, moved)
 
 
 def append_rotated_case(rows: int, heads: int, width: int, positions: int, dtype: torch.dtype) -> Case:
@@ -381,22 +381,22 @@ def append_rotated_case(rows: int, heads: int, width: int, positions: int, dtype
 
     def make(rows: int) -> Arguments:
         return {
-            "qkv": _normal(rows, 1, 3 * heads, width, dtype=dtype),
+            "qkv": normal(rows, 1, 3 * heads, width, dtype=dtype),
             "heads": heads,
-            "rope": _normal(positions, width // 2, 2).clamp(-1, 1),
+            "rope": normal(positions, width // 2, 2).clamp(-1, 1),
             "cache": _cache(rows, heads, positions, width, dtype),
             "length": torch.tensor([positions - 1], dtype=torch.int32),
         }
 
     moved = 2 * rows * 3 * heads * width * dtype.itemsize
-    return _layer_case("append_rotated", f"[{rows}, 1, {3 * heads}, {width}] {_kind(dtype)}", make, rows, moved)
+    return layer_case("append_rotated", f"[{rows}, 1, {3 * heads}, {width}] {_kind(dtype)}", make, rows, moved)
 
 
 def decode_case(rows: int, heads: int, width: int, positions: int, length: int, dtype: torch.dtype) -> Case:
     """LlamaGen's attention to the filled part of its cache. The other plain one has its length as a number."""
 
     def make(rows: int) -> Arguments:
-        q = _normal(rows, heads, width, dtype=dtype)
+        q = normal(rows, heads, width, dtype=dtype)
         given = {"q": q, "cache": _cache(rows, heads, positions, width, dtype), "scale": width**-0.5}
         given["length"] = torch.tensor([length], dtype=torch.int32)
         return {name: given[name] for name in ("q", "cache", "length", "scale")} | {
@@ -409,7 +409,7 @@ def decode_case(rows: int, heads: int, width: int, positions: int, length: int, 
 
     moved = dtype.itemsize * rows * heads * width * (2 * (length + 1) + 2)
     size = f"[{rows}, {heads}, {width}] at {length} of {positions} {_kind(dtype)}"
-    return _layer_case("decode_attention", size, make, rows, moved, **{"SDPA of the filled part": at_known_length})
+    return layer_case("decode_attention", size, make, rows, moved, **{"SDPA of the filled part": at_known_length})
 
 
 def swiglu_case(rows: int, hidden: int, dtype: torch.dtype) -> Case:
@@ -417,10 +417,10 @@ def swiglu_case(rows: int, hidden: int, dtype: torch.dtype) -> Case:
 
     def make(rows: int) -> Arguments:
         out = torch.full((rows, 1, hidden), torch.nan, dtype=dtype)
-        return {"gate_up": _normal(rows, 1, 2 * hidden, dtype=dtype), "out": out}
+        return {"gate_up": normal(rows, 1, 2 * hidden, dtype=dtype), "out": out}
 
     moved = 3 * rows * hidden * dtype.itemsize
-    return _layer_case("swiglu", f"[{rows}, 1, {2 * hidden}] {_kind(dtype)}", make, rows, moved)
+    return layer_case("swiglu", f"[{rows}, 1, {2 * hidden}] {_kind(dtype)}", make, rows, moved)
 
 
 def quantizer_case(batch: int, n: int, side: int, channels: int, outputs: int, vocab: int = 4096) -> Case:
@@ -430,19 +430,19 @@ def quantizer_case(batch: int, n: int, side: int, channels: int, outputs: int, v
     def make(batch: int) -> Arguments:
         return {
             "tokens": torch.randint(0, vocab, (batch, n), generator=torch.Generator().manual_seed(7)),
-            "codebook": _normal(vocab, channels),
-            "up": None if n == size else _normal(size, n) / n,
-            "taps": _normal(9, channels, channels) / channels,
-            "bias": _normal(channels),
+            "codebook": normal(vocab, channels),
+            "up": None if n == size else normal(size, n) / n,
+            "taps": normal(9, channels, channels) / channels,
+            "bias": normal(channels),
             "ratio": 0.5,
-            "f_hat": _normal(batch, size, channels),
-            "down": _normal(outputs, size) / size,
+            "f_hat": normal(batch, size, channels),
+            "down": normal(outputs, size) / size,
             "out": torch.full((batch, outputs, channels), torch.nan),
         }
 
     flop = 2 * batch * channels * size * (n * (n != size) + 9 * channels + outputs)
     moved = 4 * batch * channels * (2 * size + outputs) + 8 * batch * n
-    return _layer_case("quantizer_step", f"{batch} images, {n} tokens", make, batch, moved, flop)
+    return layer_case("quantizer_step", f"{batch} images, {n} tokens", make, batch, moved, flop)
 
 
 def _kind(dtype: torch.dtype) -> str:

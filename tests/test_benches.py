@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_flow
+import bench_layers
 import bench_pairs
 import bench_solvers
 import flow_cases
@@ -351,3 +352,16 @@ def test_endurance_reports_speed_and_memory() -> None:
     figures = bench_pairs.endurance(0.04)
     assert figures["shards"] >= 1 and figures["minutes"]
     assert all(row["pairs_per_s"] > 0 and row["rss_mib"] > 50 for row in figures["minutes"])
+
+
+# Layers
+
+
+@needs_native
+def test_layer_cases_run() -> None:
+    cases = list(bench_layers.cases(scale=4))
+    assert len({case.name for case in cases}) == len(cases) == len(list(bench_layers.cases()))
+    clock, ceilings = gpu_cases.Clock(CPU, flush_megabytes=1), gpu_cases.Ceilings(1e10, 1e11)
+    for case in cases:
+        row = gpu_cases.measure_case(case, clock, ceilings)
+        assert row["us"]["fused"]["p50"] > 0 and row["us"]["plain torch"]["p50"] > 0 and row["times_ceiling"] > 0
