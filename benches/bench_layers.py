@@ -1,9 +1,9 @@
 """The fused operations between a transformer's matrix products, on the CPU: time a call, beside plain torch.
 
-The sizes of VAR-d16's last scale (batch 4, guided) and of a LlamaGen-B step (batch 16, guided, half of the cache filled),
-on all cores, each call on cold caches. "Plain torch" is the twin of ddfast/layers.py, with scaled_dot_product_attention
-as it comes. The floor is the time to move the least bytes at the rate of a copy, or to do the arithmetic at that of a
-bfloat16 matrix product, whichever is longer, measured in the same run.
+The sizes of VAR-d16's last scale (batch 4, guided) and of a LlamaGen-B step (batch 16, guided, its cache half full),
+on all cores, each call on cold caches. "Plain torch" is the twin of ddfast/layers.py, with its
+scaled_dot_product_attention. The floor is the time to move the least bytes at the rate of a copy, or to do the
+arithmetic at that of a bfloat16 matrix product, whichever is longer, measured in the same run.
 
     python benches/bench_layers.py      # half a minute on two cores
 """

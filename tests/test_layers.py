@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from flow_helpers import one_thread  # noqa: F401 - a fixture
 from torch import Tensor
 
 from ddfast import _native, layers, ops
@@ -23,7 +25,7 @@ pytestmark = needs_native
 
 
 @pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
+def level(request: pytest.FixtureRequest, one_thread: None) -> Iterator[str]:  # noqa: F811
     """Each instruction set, with scratch full of NaN."""
     with _native.cpu_level(request.param), _native.poisoned():
         yield request.param
@@ -84,53 +86,47 @@ def test_add_rms_norm(level: str, dtype: torch.dtype, dim: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [2, 18, 32, 64, 100])
-@pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize("start, n", [(0, 1), (3, 4), (6, 5)])
-def test_append_normed(level: str, dtype: torch.dtype, width: int, normed: bool, start: int, n: int) -> None:
+def test_append_normed(level: str, dtype: torch.dtype, width: int) -> None:
     rows, heads = 3, 2
+    for normed, (start, n) in itertools.product([True, False], [(0, 1), (3, 4), (6, 5)]):
 
-    def make() -> dict[str, Any]:
-        whole = unwritten(2, rows + 1, heads, 11, width, dtype=dtype)  # the cache is the first rows of a larger one
-        scale = normal(heads, seed=4).exp() if normed else None
-        qkv = normal(rows, n, 3, heads, width, dtype=dtype)
-        length = torch.tensor([start], dtype=torch.int32)
-        return {"qkv": qkv, "scale": scale, "cache": whole[:, :rows], "length": length}
+        def make(normed: bool = normed, start: int = start, n: int = n) -> dict[str, Any]:
+            whole = unwritten(2, rows + 1, heads, 11, width, dtype=dtype)  # the cache is the first rows of a larger one
+            scale = normal(heads, seed=4).exp() if normed else None
+            qkv = normal(rows, n, 3, heads, width, dtype=dtype)
+            length = torch.tensor([start], dtype=torch.int32)
+            return {"qkv": qkv, "scale": scale, "cache": whole[:, :rows], "length": length}
 
-    both("append_normed", make, ("qkv", "cache"))
+        both("append_normed", make, ("qkv", "cache"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [2, 18, 64, 100])
-@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (3, 1)])
-@pytest.mark.parametrize("start, n", [(0, 1), (5, 4)])
-def test_append_rotated(
-    level: str, dtype: torch.dtype, width: int, heads: int, kv_heads: int, start: int, n: int
-) -> None:
-    def make() -> dict[str, Any]:
-        cache = unwritten(2, 3, kv_heads, 9, width, dtype=dtype)
-        qkv = normal(3, n, heads + 2 * kv_heads, width, dtype=dtype)
-        length = torch.tensor([start], dtype=torch.int32)
-        rope = normal(10, width // 2, 2, seed=5)
-        return {"qkv": qkv, "heads": heads, "rope": rope, "cache": cache, "length": length}
+def test_append_rotated(level: str, dtype: torch.dtype, width: int) -> None:
+    for (heads, kv_heads), (start, n) in itertools.product([(2, 2), (4, 2), (3, 1)], [(0, 1), (5, 4)]):
 
-    both("append_rotated", make, ("qkv", "cache"))
+        def make(heads: int = heads, kv_heads: int = kv_heads, start: int = start, n: int = n) -> dict[str, Any]:
+            cache = unwritten(2, 3, kv_heads, 9, width, dtype=dtype)
+            qkv = normal(3, n, heads + 2 * kv_heads, width, dtype=dtype)
+            length = torch.tensor([start], dtype=torch.int32)
+            rope = normal(10, width // 2, 2, seed=5)
+            return {"qkv": qkv, "heads": heads, "rope": rope, "cache": cache, "length": length}
+
+        both("append_rotated", make, ("qkv", "cache"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [2, 5, 18, 32, 64, 100, 130])
-@pytest.mark.parametrize("n, keys", [(1, 1), (1, 37), (2, 129), (3, 3), (9, 14), (26, 65), (49, 128)])
-@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2), (3, 1)])
-def test_attention(level: str, dtype: torch.dtype, width: int, n: int, keys: int, heads: int, kv_heads: int) -> None:
-    rows = 2
-
-    def make() -> dict[str, Any]:
-        q = normal(rows, n, heads + 1, width, seed=1, dtype=dtype)[:, :, 1:]
-        cache = normal(2, rows + 1, kv_heads, keys + 3, width, seed=2, dtype=dtype)
+def test_attention(level: str, dtype: torch.dtype, width: int) -> None:
+    shapes = [(1, 1), (1, 37), (2, 129), (3, 3), (9, 14), (26, 65), (49, 128)]
+    for (n, keys), (heads, kv_heads) in itertools.product(shapes, [(2, 2), (4, 2), (3, 1)]):
+        q = normal(2, n, heads + 1, width, seed=1, dtype=dtype)[:, :, 1:]
+        cache = normal(2, 3, kv_heads, keys + 3, width, seed=2, dtype=dtype)
         cache[:, :, :, keys:] = torch.nan
-        k, v = cache[0, :rows, :, :keys], cache[1, :rows, :, :keys]
-        return {"q": q, "k": k, "v": v, "scale": 2 * width**-0.5, "out": unwritten(rows, n, heads, width, dtype=dtype)}
-
-    both("attention", make, ("out",))
+        k, v = cache[0, :2, :, :keys], cache[1, :2, :, :keys]
+        given = {"q": q, "k": k, "v": v, "scale": 2 * width**-0.5}
+        empty = unwritten(2, n, heads, width, dtype=dtype)
+        both("attention", lambda given=given, empty=empty: given | {"out": empty.clone()}, ("out",))
 
 
 def test_attention_survives_scores_of_any_size_and_shows_those_that_overflow(level: str) -> None:
@@ -191,6 +187,27 @@ def test_quantizer_step_is_the_quantizers(level: str, channels: int, patch_nums:
         torch.testing.assert_close(f_hat.double(), want.flatten(2).transpose(1, 2), atol=2e-5, rtol=2e-5)
         if following is not None:
             torch.testing.assert_close(out.double(), following.flatten(2).transpose(1, 2), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("n, keys", [(1, 300), (40, 130)])
+def test_threads_change_nothing(n: int, keys: int) -> None:
+    """Few rows and many: how heads are parted among threads is not seen."""
+    before = torch.get_num_threads()
+    found = []
+    for rows, threads in ((1, 1), (1, 3), (5, 1), (5, 4)):
+        torch.set_num_threads(threads)
+        try:
+            q, k, v = normal(5, n, 6, 64), normal(5, 3, keys, 64, seed=1), normal(5, 3, keys, 64, seed=2)
+            out = unwritten(rows, n, 6, 64)
+            ops.attention(q[:rows], k[:rows], v[:rows], 0.5, out)
+            h = unwritten(rows, n, 384)
+            mods = normal(2, rows, 384)
+            ops.add_layer_norm(out.view(rows, n, 384).clone(), None, None, mods[0] * 0, mods[1] * 0, 1e-6, h)
+            found.append((out[0], h[0]))
+        finally:
+            torch.set_num_threads(before)
+    for out, h in found:
+        assert torch.equal(out, found[0][0]) and torch.equal(h, found[0][1])
 
 
 # Arguments
