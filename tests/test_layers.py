@@ -320,3 +320,15 @@ def test_a_full_kv_cache_says_so() -> None:
         cache.advance(1)
     cache.clear()
     assert cache.start == int(cache.length) == 0 and [t.shape[1] for t in cache.layers(2)] == [2, 2]
+
+
+@pytest.mark.parametrize("positions", [4, 4096])
+def test_a_cpu_cache_has_its_heads_side_by_side(positions: int) -> None:
+    """In ordinary memory, and, where it is large, in a mapping of its own that is given back with the tensor."""
+    cache = KVCache(2, 3, 4, positions, 32, torch.bfloat16, torch.device("cpu"))
+    data = cache.data_N2RHLd
+    assert data.shape == (2, 2, 3, 4, positions, 32) and data.stride()[3:] == (32, 4 * 32, 1)
+    data.fill_(1.5)
+    layers = cache.layers(3)
+    del cache, data
+    assert bool((layers[1] == 1.5).all())
