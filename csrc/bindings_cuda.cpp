@@ -52,6 +52,11 @@ SwigluJob swiglu_job(uintptr_t gate_up, int64_t rows, int64_t hidden, uintptr_t 
     return {at<void>(gate_up), rows, hidden, at<void>(out), static_cast<Number>(number)};
 }
 
+QuantizeJob quantize_job(uintptr_t x, int64_t rows, int width, uintptr_t codes, bool e4m3, uintptr_t scale,
+                         int number) {
+    return {at<void>(x), rows, width, at<void>(codes), e4m3, at<float>(scale), static_cast<Number>(number)};
+}
+
 QuantizerJob quantizer_job(uintptr_t tokens, uintptr_t codebook, uintptr_t up, uintptr_t taps, int kernel,
                            uintptr_t bias, float ratio, int64_t batch, int n, int side, int channels, uintptr_t f_hat,
                            uintptr_t down, int outputs, uintptr_t out) {
@@ -84,6 +89,13 @@ void swiglu_host(const SwigluJob& job) {
         for (int64_t row = 0; row < job.rows; ++row)
             for (int64_t at = 0; at < job.hidden; at += kVector)
                 swiglu_pack<decltype(zero), kVector>(job, row, at);
+    });
+}
+
+void quantize_host(const QuantizeJob& job) {
+    with_packs_of(job, [&](auto zero, auto code, auto packs) {
+        for (int64_t row = 0; row < job.rows; ++row)
+            quantize_row<decltype(zero), decltype(code), decltype(packs)::value>(job, row, Alone{});
     });
 }
 
@@ -163,5 +175,6 @@ void bind_cuda(py::module_& module) {
     define(module, "append_rotated", append_job, append_host<true>, DDFAST_ON_CUDA(append_rotated));
     define(module, "decode_attention", decode_job, decode_host, DDFAST_ON_CUDA(decode_attention));
     define(module, "swiglu", swiglu_job, swiglu_host, DDFAST_ON_CUDA(swiglu));
+    define(module, "quantize_rows", quantize_job, quantize_host, DDFAST_ON_CUDA(quantize_rows));
     define(module, "quantizer_step", quantizer_job, quantizer_host, DDFAST_ON_CUDA(quantizer_step));
 }

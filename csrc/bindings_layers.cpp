@@ -86,6 +86,16 @@ void quantizer_step(uintptr_t tokens, uintptr_t codebook, uintptr_t up, uintptr_
                                  at<float>(f_hat), at<float>(down), m, at<float>(out)});
 }
 
+void quantize_rows(uintptr_t x, int64_t rows, int64_t width, uintptr_t codes, uintptr_t scale, bool half) {
+    ddfast::cpu::quantize_rows({at<void>(x), rows, width, at<uint8_t>(codes), at<float>(scale), half});
+}
+
+void scale_rows(uintptr_t product, uintptr_t scale, uintptr_t bias, bool gelu, int64_t rows, int64_t width,
+                uintptr_t out, bool half) {
+    ddfast::cpu::scale_rows(
+        {at<float>(product), at<float>(scale), at<float>(bias), gelu, rows, width, at<void>(out), half});
+}
+
 }  // namespace
 
 void bind_layers(py::module_& module) {
@@ -99,4 +109,6 @@ void bind_layers(py::module_& module) {
     bind("attention_cpu", &attention);
     bind("swiglu_cpu", &swiglu);
     bind("quantizer_step_cpu", &quantizer_step);
+    bind("quantize_rows_cpu", &quantize_rows);
+    bind("scale_rows_cpu", &scale_rows);
 }

@@ -38,6 +38,8 @@ Operation = Literal[
     "decode_attention",
     "swiglu",
     "quantizer_step",
+    "quantize_rows",
+    "scale_rows",
 ]
 _forced: Backend | None = None
 
@@ -56,6 +58,8 @@ _NATIVE: dict[Operation, Callable[..., None]] = {
     "decode_attention": _native_layers.decode_attention,
     "swiglu": _native_layers.swiglu,
     "quantizer_step": _native_layers.quantizer_step,
+    "quantize_rows": _native_layers.quantize_rows,
+    "scale_rows": _native_layers.scale_rows,
 }
 _CUDA: dict[Operation, Callable[..., None]] = {
     "normal_noise": _native.normal_noise,
@@ -66,6 +70,7 @@ _CUDA: dict[Operation, Callable[..., None]] = {
     "decode_attention": _native_cuda.decode_attention,
     "swiglu": _native_cuda.swiglu,
     "quantizer_step": _native_cuda.quantizer_step,
+    "quantize_rows": _native_cuda.quantize_rows,
 }
 _TRITON: dict[Operation, tuple[str, str]] = {
     "flow": ("ddfast.kernels.flow", "flow_adams"),

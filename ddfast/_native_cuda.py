@@ -214,3 +214,17 @@ def quantizer_step(
         0 if down is None else len(down),
         _address(out),
     )
+
+
+def quantize_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    _run(
+        "quantize_rows",
+        x,
+        x.data_ptr(),
+        scale.numel(),
+        x.shape[-1],
+        codes.data_ptr(),
+        codes.dtype == torch.float8_e4m3fn,
+        scale.data_ptr(),
+        _NUMBERS[x.dtype],
+    )

@@ -154,3 +154,22 @@ def quantizer_step(
         0 if down is None else len(down),
         0 if out is None else out.data_ptr(),
     )
+
+
+def quantize_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    _C.quantize_rows_cpu(
+        x.data_ptr(), scale.numel(), x.shape[-1], codes.data_ptr(), scale.data_ptr(), x.dtype == torch.bfloat16
+    )
+
+
+def scale_rows(product: Tensor, scale: Tensor, bias: Tensor, gelu: bool, out: Tensor) -> None:
+    _C.scale_rows_cpu(
+        product.data_ptr(),
+        scale.data_ptr(),
+        bias.data_ptr(),
+        gelu,
+        scale.numel(),
+        product.shape[-1],
+        out.data_ptr(),
+        out.dtype == torch.bfloat16,
+    )

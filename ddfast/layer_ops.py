@@ -325,3 +325,58 @@ def quantizer_step(
         _refuse("tokens", f"is on {tokens.device} but the others on {f_hat.device}: move one of them")
     _check_dense("tokens", tokens)
     _run("quantizer_step", layers.quantizer_step, f_hat, (tokens, codebook, up, taps, bias, ratio, f_hat, down, out))
+
+
+def quantize_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """Give each row whole or 8-bit floating numbers and a scale of its own: scale = max |x| / limit, codes ~ x / scale.
+
+    A row of zeros has scale 2^-126. A row with NaN or infinity has that as its scale, whatever its codes. In C++ the
+    row is multiplied by 1 / scale, so codes where x / scale is half-way between two may differ from the twin's.
+
+    Args:
+        x: [..., K], contiguous.
+        codes: [..., K], contiguous. uint8: x / scale + 128, limit 127; float8_e4m3fn: x / scale, limit 448; both
+            rounded to the nearest, ties to even. The latter are made by torch on a CPU.
+        scale: float32 [..., 1], contiguous.
+
+    Raises:
+        UserError: naming the argument that does not fit.
+    """
+    _check_dtype("x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        _refuse("x", f"must be [..., K] with K > 0, not {list(x.shape)}")
+    if codes.dtype not in layers.CODE_LIMITS:
+        _refuse("codes", f"must be one of {', '.join(map(str, layers.CODE_LIMITS))}, not {codes.dtype}")
+    _check("codes", codes, tuple(x.shape), codes.dtype, x)
+    _check("scale", scale, (*x.shape[:-1], 1), torch.float32, x)
+    for name, tensor in (("x", x), ("codes", codes), ("scale", scale)):
+        _check_dense(name, tensor)
+    if codes.dtype == torch.uint8 or x.is_cuda:
+        _run("quantize_rows", layers.quantize_rows, x, (x, codes, scale))
+    else:
+        layers.quantize_rows(x, codes, scale)
+
+
+def scale_rows(product: Tensor, scale: Tensor, bias: Tensor, gelu: bool, out: Tensor) -> None:
+    """out = product * scale + bias, or gelu's tanh approximation of that: what follows a product of quantised rows.
+
+    Args:
+        product: float32 [M, N], contiguous.
+        scale: float32 [M, 1], contiguous, as :func:`quantize_rows` gives it.
+        bias: float32 [N], contiguous.
+        gelu: whether to apply it.
+        out: [M, N], contiguous; may be product itself.
+
+    Raises:
+        UserError: naming the argument that does not fit.
+    """
+    _check_dtype("out", out)
+    if out.ndim != 2:
+        _refuse("out", f"must be [M, N], not {list(out.shape)}")
+    wide = _wide(out.dtype)
+    _check("product", product, tuple(out.shape), wide, out)
+    _check("scale", scale, (out.shape[0], 1), wide, out)
+    _check("bias", bias, (out.shape[1],), wide, out)
+    for name, tensor in (("product", product), ("scale", scale), ("bias", bias), ("out", out)):
+        _check_dense(name, tensor)
+    _run("scale_rows", layers.scale_rows, out, (product, scale, bias, gelu, out))

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CODE_LIMITS = {torch.uint8: 127, torch.float8_e4m3fn: 448}
+"""How far codes of a type reach on either side of zero, which is 128 in uint8."""
+
 
 def add_layer_norm(
     x_RnD: Tensor,
@@ -127,3 +130,18 @@ def quantizer_step(
     f_hat_BSC.add_(torch.lerp(h, turned.flatten(2).transpose(1, 2), ratio))
     if down_mS is not None and out_BmC is not None:
         out_BmC.copy_(down_mS @ f_hat_BSC)
+
+
+def quantize_rows(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """scale [..., 1] = max |x| / limit of each row; codes [..., K] = x / scale, rounded. NaN and inf show in scale."""
+    limit = CODE_LIMITS[codes.dtype]
+    largest = x.abs().amax(dim=-1, keepdim=True).float()
+    scale.copy_(largest.clamp_min_(torch.finfo(torch.float32).tiny * limit).div_(limit))
+    ratio = x / scale
+    codes.copy_(ratio.round_().add_(128) if codes.dtype == torch.uint8 else ratio.clamp_(-limit, limit))
+
+
+def scale_rows(product_MN: Tensor, scale_M1: Tensor, bias_N: Tensor, gelu: bool, out_MN: Tensor) -> None:
+    """out = product * scale + bias, or gelu's tanh approximation of that."""
+    y = torch.addcmul(bias_N, product_MN, scale_M1)
+    out_MN.copy_(F.gelu(y, approximate="tanh") if gelu else y)

@@ -25,7 +25,9 @@ from .layer_ops import (
     append_rotated,
     attention,
     decode_attention,
+    quantize_rows,
     quantizer_step,
+    scale_rows,
     swiglu,
 )
 
@@ -47,7 +49,9 @@ __all__ = [
     "forced",
     "nearest_code",
     "normal_noise",
+    "quantize_rows",
     "quantizer_step",
+    "scale_rows",
     "swiglu",
 ]
 

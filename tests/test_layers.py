@@ -167,6 +167,71 @@ def test_swiglu(level: str, dtype: torch.dtype, hidden: int) -> None:
     both("swiglu", make, ("out",))
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 18), (2, 5, 64), (40, 1025), (0, 7)])
+def test_quantize_rows(level: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Each code is the nearest to x / scale; nothing is written behind the last row."""
+    x = normal(*shape, dtype=dtype) * torch.logspace(-4, 3, shape[0], dtype=dtype).view(-1, *[1] * (len(shape) - 1))
+    codes = torch.zeros(shape[0] + 1, *shape[1:], dtype=torch.uint8)
+    scale, want = unwritten(*shape[:-1], 1), unwritten(*shape[:-1], 1)
+    ops.quantize_rows(x, codes[:-1], scale)
+    layers.quantize_rows(x, torch.empty_like(codes[:-1]), want)
+    assert torch.equal(scale, want)
+    ratio = x.double() / scale
+    assert ((codes[:-1].double() - 128 - ratio).abs() <= 0.5 + 1e-4).all() and not codes[-1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantised_halves_go_to_the_even_code(level: str, dtype: torch.dtype) -> None:
+    x = torch.arange(-254, 255).div(2).to(dtype)  # 127 sets a scale of 1
+    codes, scale = torch.zeros(509, dtype=torch.uint8), unwritten(1)
+    ops.quantize_rows(x, codes, scale)
+    assert scale == 1 and torch.equal(codes.float(), x.float().round() + 128)
+    assert [int(codes[254 + i]) for i in (-3, -1, 0, 1, 3)] == [126, 128, 128, 128, 130]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_without_a_scale(level: str, dtype: torch.dtype) -> None:
+    """Zeros, numbers too small or too large, and those that are none; each row by itself."""
+    x = normal(6, 37, dtype=dtype)
+    x[0] = 0
+    x[1] *= 1e-39
+    x[2] *= 3e37
+    x[3, 36] = torch.nan
+    x[4, 2] = -torch.inf
+    codes, scale = torch.zeros(6, 37, dtype=torch.uint8), unwritten(6, 1)
+    ops.quantize_rows(x, codes, scale)
+    assert bool((codes[0] == 128).all()) and bool((codes[1] == 128).all())
+    assert scale[:2].tolist() == [[2.0**-126]] * 2 and scale[3].isnan() and scale[4] == torch.inf
+    for row in (2, 5):
+        alone = torch.zeros(37, dtype=torch.uint8)
+        ops.quantize_rows(x[row], alone, torch.empty(1))
+        assert torch.equal(codes[row], alone) and int((alone.int() - 128).abs().max()) == 127
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("m, n", [(1, 1), (3, 18), (0, 4), (70, 1025)])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_scale_rows(level: str, dtype: torch.dtype, m: int, n: int, gelu: bool) -> None:
+    product, scale, bias = 50 * normal(m, n), normal(m, 1, seed=1).abs() / 10, normal(n, seed=2)
+    out, want = unwritten(m, n, dtype=dtype), unwritten(m, n).double()
+    ops.scale_rows(product, scale, bias, gelu, out)
+    layers.scale_rows(product.double(), scale.double(), bias.double(), gelu, want)
+    torch.testing.assert_close(out.double(), want, rtol=TOLERANCE.get(dtype, 1e-3), atol=2e-6)
+    if dtype == torch.float32:
+        ops.scale_rows(product, scale, bias, gelu, product)
+        assert torch.equal(product, out)
+
+
+@pytest.mark.parametrize("gelu", [True, False])
+def test_scale_rows_at_the_ends_of_the_range(level: str, gelu: bool) -> None:
+    product = torch.tensor([[-1e30, -300.0, -20.0, -0.0, 300.0, 1e30, torch.inf, torch.nan]]).repeat(1, 3)
+    out = unwritten(1, 24)
+    ops.scale_rows(product, torch.ones(1, 1), torch.zeros(24), gelu, out)
+    want = torch.nn.functional.gelu(product, approximate="tanh") if gelu else product
+    torch.testing.assert_close(out, want, atol=1e-7, rtol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("channels", [2, 8, 32, 70])
 @pytest.mark.parametrize("patch_nums", [(1, 2, 3, 4), (1, 3, 7), (2, 5, 16), (1,)])
 def test_quantizer_step_is_the_quantizers(level: str, channels: int, patch_nums: tuple[int, ...]) -> None:
@@ -279,6 +344,18 @@ def test_the_others_name_what_does_not_fit() -> None:
             (torch.zeros(2, 2, 8), cache, length + 5, 1.0, torch.zeros(2, 2, 8)),
             "do not fit at length 5",
         ),
+        ("quantize_rows", (x, out, torch.zeros(2, 3, 1)), "codes must be one of torch.uint8, .*not torch.float32"),
+        ("quantize_rows", (x.int(), out.byte(), torch.zeros(2, 3, 1)), "x must be one of .*not torch.int32"),
+        ("quantize_rows", (x[..., :0], out.byte(), torch.zeros(2, 3, 1)), r"x must be .* K > 0, not \[2, 3, 0\]"),
+        ("quantize_rows", (x[..., ::2], out.byte()[..., ::2], torch.zeros(2, 3, 1)), "codes must have stride 1"),
+        ("quantize_rows", (x.mT.contiguous().mT, out.byte(), torch.zeros(2, 3, 1)), "x must be contiguous"),
+        ("quantize_rows", (x, out.byte(), torch.zeros(2, 3)), r"scale must be \[2, 3, 1\], not \[2, 3\]"),
+        ("quantize_rows", (x, out.byte(), torch.zeros(2, 3, 1).half()), "scale must be torch.float32"),
+        ("scale_rows", (x, mods[:, :1], mods[0], True, out), r"out must be \[M, N\]"),
+        ("scale_rows", (mods.half(), mods[:, :1], mods[0], True, mods.half()), "product must be torch.float32"),
+        ("scale_rows", (mods, torch.zeros(2, 1), mods[0, :7], True, mods), r"bias must be \[8\], not \[7\]"),
+        ("scale_rows", (mods, torch.zeros(2), mods[0], True, mods), r"scale must be \[2, 1\]"),
+        ("scale_rows", (mods, mods[:, :1], mods[0], True, mods), "scale must be contiguous"),
         ("swiglu", (torch.zeros(2, 7), torch.zeros(2, 3)), "gate_up must have an even"),
         ("swiglu", (torch.zeros(2, 6), torch.zeros(2, 2)), r"out must be \[2, 3\]"),
     ]

@@ -347,6 +347,76 @@ def test_swiglu(device: str, dtype: torch.dtype) -> None:
     check_all("swiglu", device, each(inputs, hidden=[1, 6, 100, 128, 5001], rows=[(3,), (2, 5)]), ("out",))
 
 
+def code_inputs(rows: tuple[int, ...], width: int, dtype: torch.dtype, codes: torch.dtype) -> dict[str, Any]:
+    x = normal(*rows, width) * normal(*rows, 1, seed=1).exp()
+    filled = torch.zeros(*rows, width, dtype=torch.uint8) if codes == torch.uint8 else unwritten(*rows, width)
+    return {"x": x.to(dtype), "codes": filled.to(codes), "scale": unwritten(*rows, 1)}
+
+
+def value(codes: Tensor) -> Tensor:
+    return codes.double() - 128 if codes.dtype == torch.uint8 else codes.double()
+
+
+code_types = pytest.mark.parametrize("codes", [torch.uint8, torch.float8_e4m3fn])
+
+
+# Rows that 1, 4 and 16 warps hold in registers, and longer ones; of one number a pack and of as many as fit.
+@devices
+@dtypes
+@code_types
+def test_quantize_rows(device: str, dtype: torch.dtype, codes: torch.dtype) -> None:
+    """Each code is the nearest to x / scale, and the scale is the twin's."""
+    widths = (1, 18, 64, 1000, 1024, 1025, 4100, 5120, 20_000, 40_000)
+    for rows, width in product([(1,), (2, 3)], widths):
+        got = moved(code_inputs(rows, width, dtype, codes), device)
+        want = moved(code_inputs(rows, width, dtype, codes), device)
+        _native_cuda.quantize_rows(**got)
+        layers.quantize_rows(**want)
+        assert torch.equal(got["scale"], want["scale"])
+        ratio = got["x"].double() / got["scale"]
+        gap = 1.0 if codes == torch.uint8 else ratio.abs().clamp_min(2.0**-6).log2().floor().exp2() / 8
+        assert ((value(got["codes"]) - ratio).abs() <= (0.5 + 1e-4) * gap).all()
+        assert (got["codes"].float() != want["codes"].float()).double().mean() < 0.01  # halves, which may go either way
+
+
+@devices
+@code_types
+def test_codes_round_as_in_torch(device: str, codes: torch.dtype) -> None:
+    """With a scale of 1: every code, the middles between them and what is near; small and not a number."""
+    every = torch.arange(256, dtype=torch.uint8).view(codes)
+    values = value(every).float()
+    values = values[values.isfinite() & (values != -128)].unique()
+    middles = (values[1:] + values[:-1]) / 2
+    near = [torch.nextafter(middles, torch.tensor(to)) for to in (torch.inf, -torch.inf)]
+    x = torch.cat([values, middles, *near, torch.tensor([1e-40, -1e-40, 2.0**-11, -0.0])])[None]
+    for some in (x, x[:, : x.shape[1] // 8 * 8]):
+        given = {"x": some.clone(), "codes": torch.zeros(some.shape).to(codes), "scale": unwritten(1, 1)}
+        got, want = moved(given, device), moved(given, device)
+        _native_cuda.quantize_rows(**got)
+        layers.quantize_rows(**want)
+        assert float(got["scale"]) == 1 and torch.equal(got["codes"].view(torch.uint8), want["codes"].view(torch.uint8))
+
+
+@devices
+@dtypes
+@code_types
+def test_rows_without_a_scale(device: str, dtype: torch.dtype, codes: torch.dtype) -> None:
+    """Zeros, numbers that are none, and the largest there are; each row by itself."""
+    for width in (37, 64, 5120):
+        made = code_inputs((5,), width, dtype, codes)
+        made["x"][0] = 0
+        made["x"][1, -1] = torch.nan
+        made["x"][2, 2] = -torch.inf
+        made["x"][3] *= torch.finfo(dtype).max / made["x"][3].abs().max().float() / 2
+        given = moved(made, device)
+        _native_cuda.quantize_rows(**given)
+        scale, got = given["scale"].flatten().cpu(), value(given["codes"]).cpu()
+        assert scale[0] == 2.0**-126 and not got[0].any() and scale[1].isnan() and scale[2] == torch.inf
+        assert bool((got[3:].abs().amax(1) == layers.CODE_LIMITS[codes]).all())
+        if codes != torch.uint8:
+            assert got[1:3].isnan().any(1).all()
+
+
 def quantizer_inputs(
     batch: int, side: int, n: int, channels: int, outputs: int | None, kernel: int = 3
 ) -> dict[str, Any]:
@@ -529,6 +599,9 @@ def run_each_kernel() -> None:
             calls.append(("decode_attention", decode_inputs(3, 3, 3, width, 77, 76, dtype)))
             calls.append(("decode_attention", decode_inputs(3, 10, 2, width, 200, 150, dtype)))
         calls.append(("swiglu", {"gate_up": normal(3, 202, dtype=dtype), "out": unwritten(3, 101, dtype=dtype)}))
+        for codes in layers.CODE_LIMITS:
+            for width in (100, 1024, 5120, 40_001):
+                calls.append(("quantize_rows", code_inputs((3, 5), width, dtype, codes)))
         calls.append(("quantizer_step", quantizer_inputs(3, 7, 16, 8, 36)))
         calls.append(("quantizer_step", quantizer_inputs(40, 16, 256, 32, None)))
         for name, given in calls:

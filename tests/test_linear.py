@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddfast import ops
 from ddfast.errors import UserError
 from ddfast.models import linear
 from ddfast.models.linear import EMULATED, check_precision, make_linear
@@ -90,6 +91,28 @@ def test_int8_is_the_product_of_what_it_rounds_to(size: tuple[int, int], gelu: b
     flips = x.double().abs().amax(1, keepdim=True) / 127 * weight.double().abs().amax(1)
     off = (y - want).abs() > 4 * unit * (1 + want.abs())
     assert off.double().mean() < 0.02 and ((y - want).abs() <= 4 * unit * (1 + want.abs()) + 2 * flips).all()
+
+
+@needs_int8
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_is_the_same_by_plain_torch(gelu: bool, dtype: torch.dtype) -> None:
+    """Up to halves, which may be rounded either way."""
+    weight, bias = layer(48, 32, dtype)
+    f, x = make_linear(weight, bias, precision="int8", gelu=gelu), rows(600, 32, dtype=dtype)
+    y = f(x)
+    with ops.forced("torch"):
+        want = make_linear(weight, bias, precision="int8", gelu=gelu)(x)
+    off = (y - want).abs() > 2 * UNIT[dtype] * (1 + want.abs())
+    assert off.double().mean() < 0.02 and (y - want).abs().max() < 0.05
+
+
+@precisions
+def test_weights_of_any_strides(precision: str) -> None:
+    weight, bias = layer(48, 32)
+    x = rows(5, 32)
+    turned = make_linear(weight.t().contiguous().t(), bias, precision=precision)
+    torch.testing.assert_close(turned(x), make_linear(weight, bias, precision=precision)(x))
 
 
 @precisions

@@ -1,8 +1,9 @@
 // What a cached transformer does between its matrix products: the bodies of the kernels of cuda/layers.cu.
 // ddfast/layers.py has the same in readable torch, and ddfast/layer_ops.py says what the arguments are.
 //
-// A body works on one row, vector or band with a group of threads: rank() of size(), sum(x) of all, given to all, and
-// sync(). On a GPU that is a few lanes, a warp or a block; on the host one thread, Alone, so that tests run on a CPU.
+// A body works on one row, vector or band with a group of threads: rank() of size(), sum(x) and max(x) of all, given to
+// all, and sync(). On a GPU that is a few lanes, a warp or a block; on the host one thread, Alone, so that tests run on
+// a CPU.
 #pragma once
 
 #include "layers_numbers.h"
@@ -13,6 +14,7 @@ struct Alone {
     DDFAST_MEMBER int rank() const { return 0; }
     DDFAST_MEMBER int size() const { return 1; }
     DDFAST_MEMBER float sum(float x) const { return x; }
+    DDFAST_MEMBER uint32_t max(uint32_t x) const { return x; }
     DDFAST_MEMBER void sync() const {}
 };
 
@@ -240,6 +242,73 @@ DDFAST_HD void swiglu_pack(const SwigluJob& job, int64_t row, int64_t at) {
     DDFAST_UNROLL
     for (int i = 0; i < kVector; ++i) out[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
     store(static_cast<T*>(job.out) + row * job.hidden + at, out);
+}
+
+// quantize_rows
+
+// scale = max |x| / limit of each row, no less than 2^-126; codes = x / scale, rounded.
+struct QuantizeJob {
+    const void* x;  // [rows, width]
+    int64_t rows;
+    int width;
+    void* codes;  // [rows, width], of E4m3 or Byte
+    bool e4m3;
+    float* scale;  // [rows]
+    Number number;
+};
+
+// The largest of some magnitudes' bits, where NaN is above infinity and so is not lost.
+template <int kVector>
+DDFAST_HD uint32_t largest(const float (&x)[kVector], uint32_t top) {
+    DDFAST_UNROLL
+    for (int i = 0; i < kVector; ++i) {
+        const uint32_t bits = float_bits({x[i]}) & 0x7FFFFFFFu;
+        top = bits > top ? bits : top;
+    }
+    return top;
+}
+
+template <class T, class Code, int kVector, class Group>
+DDFAST_HD void quantize_row(const QuantizeJob& job, int64_t row, const Group& group) {
+    const int width = job.width, step = group.size() * kVector, first = group.rank() * kVector;
+    const int rest = first + kHeldPacks * step;
+    const T* x = static_cast<const T*>(job.x) + row * width;
+    Code* codes = static_cast<Code*>(job.codes) + row * width;
+    Pack<T, kVector> held[kHeldPacks];
+    float some[kVector];
+    uint32_t top = 0;
+    DDFAST_UNROLL
+    for (int i = 0; i < kHeldPacks; ++i)
+        if (first + i * step < width) held[i] = load_pack<kVector>(x + first + i * step);
+    DDFAST_UNROLL
+    for (int i = 0; i < kHeldPacks; ++i)
+        if (first + i * step < width) {
+            unpack(held[i], some);
+            top = largest(some, top);
+        }
+    for (int at = rest; at < width; at += step) {
+        load(x + at, some);
+        top = largest(some, top);
+    }
+
+    const float most = bits_float(group.max(top)).value, least = 0x1p-126f * Code::kLimit;
+    const float scale = (most < least ? least : most) / Code::kLimit, inverse = 1 / scale;
+    if (group.rank() == 0) job.scale[row] = scale;
+    const auto write = [&](int at) {
+        DDFAST_UNROLL
+        for (int j = 0; j < kVector; ++j) some[j] *= inverse;
+        store(codes + at, some);
+    };
+    DDFAST_UNROLL
+    for (int i = 0; i < kHeldPacks; ++i)
+        if (first + i * step < width) {
+            unpack(held[i], some);
+            write(first + i * step);
+        }
+    for (int at = rest; at < width; at += step) {
+        load(x + at, some);
+        write(at);
+    }
 }
 
 // quantizer_step

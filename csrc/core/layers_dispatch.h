@@ -89,6 +89,24 @@ void with_packs_of(const SwigluJob& job, const Run& run) {
     });
 }
 
+// run(T{}, Code{}, Constant<V>): packs of 16 bytes of x, or of one number.
+template <class Run>
+void with_packs_of(const QuantizeJob& job, const Run& run) {
+    Fit numbers, codes;
+    numbers.at(job.x).by(job.width);
+    codes.at(job.codes);
+    with_type(job.number, [&](auto zero) {
+        using T = decltype(zero);
+        constexpr int kMost = 16 / sizeof(T);
+        const auto with_codes = [&](auto code) {
+            using Code = decltype(code);
+            if (numbers.packs<T>(kMost) && codes.packs<Code>(kMost)) return run(zero, code, Constant<kMost>{});
+            run(zero, code, Constant<1>{});
+        };
+        job.e4m3 ? with_codes(E4m3{}) : with_codes(Byte{});
+    });
+}
+
 template <class Run>
 void with_packs_of(const DecodeJob& job, const Run& run) {
     Fit fit;

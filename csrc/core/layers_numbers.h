@@ -8,6 +8,7 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #define DDFAST_MEMBER __host__ __device__ __forceinline__
 #define DDFAST_UNROLL_4 _Pragma("unroll 4")
 #else
@@ -64,6 +65,37 @@ DDFAST_HD void set(Half& to, float x) {
         if (half > 0x7C00u) half = 0x7C00u;
     }
     to.bits = static_cast<uint16_t>(x != x ? 0x7FFFu : sign | half);
+#endif
+}
+
+// What rows are quantised to: whole numbers with 128 for 0, and floating ones of 4 bits exponent and 3 mantissa.
+struct Byte {
+    static constexpr float kLimit = 127;
+    uint8_t bits;
+};
+
+struct E4m3 {
+    static constexpr float kLimit = 448;
+    uint8_t bits;
+};
+
+// x in [-127, 127]; of NaN, anything. Adding 1.5 * 2^23 rounds, and leaves the whole number in the low bits.
+DDFAST_HD void set(Byte& to, float x) { to.bits = static_cast<uint8_t>(float_bits({x + (0x1.8p23f + 128)})); }
+
+// Beyond 448 it stays there.
+DDFAST_HD void set(E4m3& to, float x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    to.bits = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+#else
+    const uint32_t bits = float_bits({x}), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
+    uint32_t code;
+    if (magnitude < 0x3C800000u) {  // below 2^-6: a multiple of 2^-9, which the sum rounds to
+        code = float_bits({bits_float(magnitude).value + 16384.0f}) - 0x46800000u;
+    } else {
+        code = (magnitude - 0x3C000000u + 0x7FFFFu + (magnitude >> 20 & 1)) >> 20;
+        if (code > 0x7Eu) code = 0x7Eu;
+    }
+    to.bits = static_cast<uint8_t>(x != x ? 0x7Fu : sign | code);
 #endif
 }
 

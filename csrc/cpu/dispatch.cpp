@@ -248,4 +248,16 @@ void quantizer_step(const QuantizerJob& job) {
     }
 }
 
+void quantize_rows(const QuantizeJob& job) {
+    const auto quantize_row = current().layers->quantize_row;
+#pragma omp parallel for schedule(static) if (much(job.rows * job.width / 8))
+    for (int64_t row = 0; row < job.rows; ++row) quantize_row(job, row);
+}
+
+void scale_rows(const ScaleJob& job) {
+    const auto scale_row = current().layers->scale_row;
+#pragma omp parallel for schedule(static) if (much(job.rows * job.width / 4))
+    for (int64_t row = 0; row < job.rows; ++row) scale_row(job, row);
+}
+
 }  // namespace ddfast::cpu

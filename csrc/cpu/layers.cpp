@@ -3,12 +3,13 @@
 #include "layers.h"
 
 #include "attention.h"
+#include "int8.h"
 #include "norms.h"
 #include "quantizer.h"
 
 namespace ddfast::cpu {
 
-extern const LayerKernels DDFAST_LAYER_KERNELS{norm_rows,  append_row,     attend,         attend_floats,
-                                               swiglu_row, quantize_image, quantize_floats};
+extern const LayerKernels DDFAST_LAYER_KERNELS{norm_rows,      append_row,      attend,       attend_floats, swiglu_row,
+                                               quantize_image, quantize_floats, quantize_row, scale_row};
 
 }  // namespace ddfast::cpu

@@ -71,6 +71,26 @@ struct QuantizerJob {
     float* out;  // [batch, m, channels] or null
 };
 
+// scale = max |x| / 127 of each row, codes = x / scale + 128, to the nearest
+struct QuantizeJob {
+    const void* x;  // [rows, width]
+    int64_t rows, width;
+    uint8_t* codes;  // [rows, width]
+    float* scale;    // [rows]
+    bool half;
+};
+
+// out = product * scale + bias, or gelu of that
+struct ScaleJob {
+    const float* product;  // [rows, width]; out may be the same
+    const float* scale;    // [rows]
+    const float* bias;     // [width]
+    bool gelu;
+    int64_t rows, width;
+    void* out;  // [rows, width]
+    bool half;
+};
+
 struct LayerKernels {
     void (*norm_rows)(const NormJob& job, int64_t first, int64_t last);
     void (*append_row)(const AppendJob& job, int64_t row, int64_t position, float* scratch);
@@ -80,6 +100,8 @@ struct LayerKernels {
     void (*swiglu_row)(const SwigluJob& job, int64_t row);
     void (*quantize_image)(const QuantizerJob& job, int64_t image, float* scratch);
     int64_t (*quantize_floats)(const QuantizerJob& job);
+    void (*quantize_row)(const QuantizeJob& job, int64_t row);
+    void (*scale_row)(const ScaleJob& job, int64_t row);
 };
 
 extern const LayerKernels baseline_layer_kernels;
@@ -97,5 +119,7 @@ void append(const AppendJob& job);
 void attention(const AttentionJob& job);
 void swiglu(const SwigluJob& job);
 void quantizer_step(const QuantizerJob& job);
+void quantize_rows(const QuantizeJob& job);
+void scale_rows(const ScaleJob& job);
 
 }  // namespace ddfast::cpu

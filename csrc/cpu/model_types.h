@@ -1,4 +1,5 @@
-// Reading and writing a model's numbers, float or bfloat16 (as uint16_t), as vectors of float.
+// Reading and writing a model's numbers, float or bfloat16 (as uint16_t), as vectors of float, and
+// bytes written.
 #pragma once
 
 #include "simd.h"
@@ -8,6 +9,7 @@ namespace ddfast::cpu {
 namespace {
 
 typedef uint16_t Bfloat16;
+typedef uint8_t ByteVec __attribute__((vector_size(kLanes)));
 
 DDFAST_INLINE int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
@@ -57,6 +59,16 @@ DDFAST_INLINE void write(Bfloat16* to, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), low);
 #else
     store(to, __builtin_convertvector(round_bits(v), ShortVec));
+#endif
+}
+
+// The lowest eight bits of each lane.
+DDFAST_INLINE void write(uint8_t* to, Vec v) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v));
+    __builtin_memcpy(to, &bytes, sizeof bytes);
+#else
+    store(to, __builtin_convertvector(reinterpret_cast<WordVec>(v), ByteVec));
 #endif
 }
 

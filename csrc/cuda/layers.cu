@@ -55,6 +55,16 @@ struct Warps {
         }
         return x;
     }
+    __device__ uint32_t max(uint32_t x) const {
+        for (int offset = kWarp / 2; offset > 0; offset /= 2) x = ::max(x, __shfl_xor_sync(~0u, x, offset));
+        if constexpr (kWarps > 1) {
+            __syncthreads();  // the last sum has been read
+            if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = __uint_as_float(x);
+            __syncthreads();
+            for (int i = 0; i < kWarps; ++i) x = ::max(x, __float_as_uint(shared[i]));
+        }
+        return x;
+    }
 };
 
 struct Block {
@@ -98,6 +108,15 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(SwigluJob job) {
     if (at < job.hidden) swiglu_pack<T, kVector>(job, blockIdx.x, at);
 }
 
+template <class T, class Code, int kVector, int kWarps>
+__global__ void __launch_bounds__(kWarps == 1 ? kThreads : kWarps* kWarp, kWarps == 1 ? 4 : 1)
+    quantize_kernel(QuantizeJob job) {
+    __shared__ float shared[kWarps];
+    constexpr int kRows = kWarps == 1 ? kThreads / kWarp : 1;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / (kWarps * kWarp);
+    if (row < job.rows) quantize_row<T, Code, kVector>(job, row, Warps<kWarps>{shared});
+}
+
 template <class T, int kVector, int kPacks, int kHeads, int kLanes>
 __global__ void __launch_bounds__(kThreads, kHeads == 1 ? 8 : 3) decode_kernel(DecodeJob job) {
     constexpr int kMost = kLanes * kPacks * kVector < kMostWidth ? kLanes * kPacks * kVector : kMostWidth;
@@ -132,26 +151,31 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(QuantizerJob job) {
 
 // Launches
 
-template <class T, int kVector, bool kCentred, int kWarps>
-void launch_norm(const NormJob& job, void* stream) {
-    const int64_t rows = kWarps == 1 ? kThreads / kWarp : 1, blocks = (job.rows + rows - 1) / rows;
-    check_blocks(blocks);
-    const int threads = kWarps == 1 ? kThreads : kWarps * kWarp;
-    norm_kernel<T, kVector, kCentred, kWarps><<<blocks, threads, 0, stream_of(stream)>>>(job);
-    check(cudaGetLastError());
+// launch(warps, blocks, threads) with as many warps a row, of 1, 4 and 16, as hold it in registers.
+template <int kVector, class Job, class Launch>
+void with_warps(const Job& job, const Launch& launch) {
+    const auto launch_with = [&](auto warps) {
+        constexpr int kWarps = decltype(warps)::value;
+        const int64_t rows = kWarps == 1 ? kThreads / kWarp : 1, blocks = (job.rows + rows - 1) / rows;
+        check_blocks(blocks);
+        launch(warps, static_cast<unsigned>(blocks), kWarps == 1 ? kThreads : kWarps * kWarp);
+        check(cudaGetLastError());
+    };
+    const int held = kWarp * kHeldPacks * kVector;
+    if (job.width <= held) return launch_with(Constant<1>{});
+    if (job.width <= 4 * held) return launch_with(Constant<4>{});
+    launch_with(Constant<16>{});
 }
 
-// As many warps a row as hold it in registers, of 1, 4 and 16.
 template <bool kCentred>
 void norm(const NormJob& job, void* stream) {
     if (job.rows == 0 || job.width == 0) return;
     with_packs_of(job, [&](auto zero, auto packs) {
-        using T = decltype(zero);
         constexpr int kVector = decltype(packs)::value;
-        const int held = kWarp * kHeldPacks * kVector;
-        if (job.width <= held) return launch_norm<T, kVector, kCentred, 1>(job, stream);
-        if (job.width <= 4 * held) return launch_norm<T, kVector, kCentred, 4>(job, stream);
-        launch_norm<T, kVector, kCentred, 16>(job, stream);
+        with_warps<kVector>(job, [&](auto warps, unsigned blocks, int threads) {
+            constexpr int kWarps = decltype(warps)::value;
+            norm_kernel<decltype(zero), kVector, kCentred, kWarps><<<blocks, threads, 0, stream_of(stream)>>>(job);
+        });
     });
 }
 
@@ -237,6 +261,17 @@ void decode_attention(const DecodeJob& job, void* stream) {
         check_blocks(blocks);
         join_kernel<T><<<blocks, kThreads, 0, stream_of(stream)>>>(job, queries);
         check(cudaGetLastError());
+    });
+}
+
+void quantize_rows(const QuantizeJob& job, void* stream) {
+    if (job.rows == 0) return;
+    with_packs_of(job, [&](auto zero, auto code, auto packs) {
+        constexpr int kVector = decltype(packs)::value;
+        with_warps<kVector>(job, [&](auto warps, unsigned blocks, int threads) {
+            quantize_kernel<decltype(zero), decltype(code), kVector, decltype(warps)::value>
+                <<<blocks, threads, 0, stream_of(stream)>>>(job);
+        });
     });
 }
 

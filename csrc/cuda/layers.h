@@ -15,5 +15,6 @@ void append_rotated(const AppendJob& job, void* stream);
 void decode_attention(const DecodeJob& job, void* stream);
 void swiglu(const SwigluJob& job, void* stream);
 void quantizer_step(const QuantizerJob& job, void* stream);
+void quantize_rows(const QuantizeJob& job, void* stream);
 
 }  // namespace ddfast::cuda

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..errors import UserError
 
 PRECISIONS = ("native", "int8", "fp8")
@@ -18,8 +19,7 @@ EMULATED = "fp8-emulated"
 """The numbers of fp8 by plain torch on any device, slowly: to measure what fp8 does without a GPU that has it."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_INT8_MAX, _INT8_ZERO = 127, 128
-_E4M3_MAX = 448
+_INT8_ZERO = 128
 _FP8_CAPABILITY = (8, 9)
 _FP8_MULTIPLE = 16
 _QUANTISED_ROWS = 512  # quantised at a time on a CPU: larger temporaries cost more in page faults than in arithmetic
@@ -105,31 +105,32 @@ class Int8Linear(QuantisedLinear):
     in float32.
     """
 
-    # Measured on Zen 4 at M = 2 to 2048 and 1024 x 4096, in units of the packed bfloat16 product: this product 0.5-0.6
-    # (0.6-0.8 with quantisation and gelu), torch._int_mm 0.5, but 2.3 at M = 2 and with both scales left to further
-    # passes, F.linear 1.1-2.2. One scale for all of x would fuse bias and gelu too (0.6-0.7), but then images depend on
-    # their batch. quantized::linear_dynamic is being removed from torch; onednn's signed activations are not optimised.
+    # Measured on Zen 4 at M = 32 to 2048 and 1024 x 4096, in units of the packed bfloat16 product: this product
+    # 0.4-0.5, 0.5-0.6 with what is around it (0.7-0.9 by plain torch), 0.7-0.9 at M = 2 (0.9-1.0); torch._int_mm 0.5,
+    # but 2.3 at M = 2 and with both scales left to further passes; F.linear 1.1-2.2. One scale for all of x would fuse
+    # bias and gelu too, but then images depend on their batch. quantized::linear_dynamic is being removed from torch;
+    # onednn's signed activations are not optimised.
 
     def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool) -> None:
         super().__init__(weight, gelu)
-        scale = _scale(weight, _INT8_MAX)
-        whole = (weight / scale).round_().to(torch.int8)
-        self.packed = torch.ops.onednn.qlinear_prepack(whole, None)
-        self.scale_N = scale.flatten()
+        codes, scale_N1 = _quantised(weight, torch.uint8)
+        self.packed = torch.ops.onednn.qlinear_prepack(codes.bitwise_xor_(_INT8_ZERO).view(torch.int8), None)
+        self.scale_N = scale_N1.flatten()
         self.zero_N = torch.zeros(weight.shape[0], dtype=torch.int32)
         self.bias = (torch.zeros(weight.shape[0]) if bias is None else bias).float()
 
     def _apply(self, x_MK: Tensor) -> Tensor:
-        parts = [self._product(rows).to(x_MK.dtype) for rows in x_MK.split(_QUANTISED_ROWS)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        out_MN = x_MK.new_empty(x_MK.shape[0], self.shape[0])
+        for x, out in zip(x_MK.split(_QUANTISED_ROWS), out_MN.split(_QUANTISED_ROWS), strict=True):
+            codes, scale_M1 = _quantised(x, torch.uint8)
+            ops.scale_rows(self._product(codes), scale_M1, self.bias, self.gelu, out)
+        return out_MN
 
-    def _product(self, x_MK: Tensor) -> Tensor:
-        scale_M1 = _scale(x_MK, _INT8_MAX)
-        codes = (x_MK / scale_M1).add_(_INT8_ZERO + 0.5).to(torch.uint8)
-        y = torch.ops.onednn.qlinear_pointwise(
+    def _product(self, codes: Tensor) -> Tensor:
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, _INT8_ZERO, self.packed, self.scale_N, self.zero_N, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        return self._activate(torch.addcmul(self.bias, y, scale_M1))
+        return y
 
     @property
     def nbytes(self) -> int:
@@ -146,11 +147,11 @@ class Fp8Linear(QuantisedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool) -> None:
         super().__init__(weight, gelu)
-        self.weight, scale = _to_e4m3(weight)
+        self.weight, scale = _quantised(weight, torch.float8_e4m3fn)
         self.scale_1N, self.bias = scale.t().contiguous(), bias
 
     def _apply(self, x_MK: Tensor) -> Tensor:
-        codes, scale_M1 = _to_e4m3(x_MK)
+        codes, scale_M1 = _quantised(x_MK, torch.float8_e4m3fn)
         y = torch._scaled_mm(
             codes,
             self.weight.t(),
@@ -172,11 +173,11 @@ class EmulatedFp8Linear(QuantisedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool) -> None:
         super().__init__(weight, gelu)
-        codes, scale_N1 = _to_e4m3(weight)
+        codes, scale_N1 = _quantised(weight, torch.float8_e4m3fn)
         self.inner = _native(codes.float() * scale_N1, None if bias is None else bias.float(), gelu)
 
     def _apply(self, x_MK: Tensor) -> Tensor:
-        codes, scale_M1 = _to_e4m3(x_MK)
+        codes, scale_M1 = _quantised(x_MK, torch.float8_e4m3fn)
         return self.inner(codes.float() * scale_M1).to(x_MK.dtype)
 
     @property
@@ -264,15 +265,12 @@ def _int8_runs() -> bool:
     return bool(vnni()) and all(hasattr(ops, name) for name in ("qlinear_prepack", "qlinear_pointwise"))
 
 
-def _scale(x: Tensor, largest: int) -> Tensor:
-    """What divides each row of x [M, K] into [-largest, largest]: float32 [M, 1]. NaN and inf stay what they are."""
-    return x.abs().amax(dim=1, keepdim=True).float().clamp_min_(torch.finfo(torch.float32).tiny * largest).div_(largest)
-
-
-def _to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] as e4m3 codes and a scale float32 [M, 1] for each row: x ~ scale codes."""
-    scale = _scale(x, _E4M3_MAX)
-    return (x / scale).to(torch.float8_e4m3fn), scale
+def _quantised(x_MK: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [M, K] of that type and a scale float32 [M, 1] for each row: :func:`ddfast.ops.quantize_rows`."""
+    x_MK = x_MK.contiguous()
+    out_MK, scale_M1 = torch.empty_like(x_MK, dtype=codes), x_MK.new_empty(x_MK.shape[0], 1, dtype=torch.float32)
+    ops.quantize_rows(x_MK, out_MK, scale_M1)
+    return out_MK, scale_M1
 
 
 def _bytes(*tensors: Tensor | None) -> int:
