@@ -392,12 +392,20 @@ def append_rotated_case(rows: int, heads: int, width: int, positions: int, dtype
     return layer_case("append_rotated", f"[{rows}, 1, {3 * heads}, {width}] {_kind(dtype)}", make, rows, moved)
 
 
-def decode_case(rows: int, heads: int, width: int, positions: int, length: int, dtype: torch.dtype) -> Case:
+def decode_case(
+    rows: int,
+    heads: int,
+    width: int,
+    positions: int,
+    length: int,
+    dtype: torch.dtype,
+    cache: Callable[[int, int, int, int, torch.dtype], Tensor] = _cache,
+) -> Case:
     """LlamaGen's attention to the filled part of its cache. The other plain one has its length as a number."""
 
     def make(rows: int) -> Arguments:
         q = normal(rows, heads, width, dtype=dtype)
-        given = {"q": q, "cache": _cache(rows, heads, positions, width, dtype), "scale": width**-0.5}
+        given = {"q": q, "cache": cache(rows, heads, positions, width, dtype), "scale": width**-0.5}
         given["length"] = torch.tensor([length], dtype=torch.int32)
         return {name: given[name] for name in ("q", "cache", "length", "scale")} | {
             "out": torch.full_like(q, torch.nan)
