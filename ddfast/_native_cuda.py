@@ -93,8 +93,6 @@ def append_normed(qkv: Tensor, scale: Tensor | None, cache: Tensor, length: Tens
 
 def append_rotated(qkv: Tensor, heads: int, rope: Tensor, cache: Tensor, length: Tensor) -> None:
     rows, n, _, width = qkv.shape
-    if width % 2:
-        raise UserError(f"qkv has heads of width {width}, but RoPE turns pairs: use an even one")
     _check_pairs(qkv=qkv, cache=cache)
     if rope.data_ptr() % _PACK_BYTES:
         rope = rope.clone()

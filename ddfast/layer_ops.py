@@ -180,6 +180,8 @@ def append_rotated(qkv: Tensor, heads: int, rope: Tensor, cache: Tensor, length:
         _refuse("qkv", f"must be [R, n, {heads} + 2 Hk, d] beside cache [2, R, Hk, L, d], not {list(qkv.shape)}")
     _check_dense("qkv", qkv)
     rows, new, _, width = qkv.shape
+    if width % 2:
+        _refuse("qkv", f"has heads of width {width}, but RoPE turns pairs: use an even one")
     _check_cache(cache, rows, None, width, qkv)
     if rope.ndim != 3 or rope.shape[0] < cache.shape[3]:
         _refuse(

@@ -327,6 +327,7 @@ def test_the_others_name_what_does_not_fit() -> None:
         ("add_rms_norm", (x, None, mods, 1e-6, out), r"weight must be \[8\]"),
         ("add_rms_norm", (x, out.bfloat16(), mods[0], 1e-6, out), "branch must be torch.float32"),
         ("append_rotated", (torch.zeros(2, 1, 6, 8), 2, torch.zeros(4, 4, 2), cache, length), "rope must be .* T >= 5"),
+        ("append_rotated", (torch.zeros(2, 1, 6, 7), 2, torch.zeros(5, 3, 2), cache[..., :7], length), "turns pairs"),
         ("append_rotated", (torch.zeros(2, 1, 7, 8), 2, torch.zeros(5, 4, 2), cache, length), "qkv must be"),
         (
             "attention",
