@@ -25,7 +25,9 @@ def cpu_name() -> str:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     name = fields.get("model name") or platform.processor() or platform.machine()
-    generation = {"23": "Zen 1-2", "25": "Zen 3-4", "26": "Zen 5"}.get(fields.get("cpu family", ""))
+    fourth = "avx512f" in fields.get("flags", "").split()
+    generations = {"23": "Zen 1-2", "25": "Zen 4" if fourth else "Zen 3", "26": "Zen 5"}
+    generation = generations.get(fields.get("cpu family", ""))
     return f"{name} ({generation})" if generation and "AMD" in name else name
 
 
