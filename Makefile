@@ -56,7 +56,6 @@ clean:  ## remove .venv and everything built
 
 EXTRAS_demo :=
 EXTRAS_test := [test,bench]
-EXTRAS_lint := [test,bench,lint]
 EXTRAS_bench := [test,bench]
 
 .venv/installed-%: .venv/python-ready $(SOURCES)
@@ -65,6 +64,11 @@ EXTRAS_bench := [test,bench]
 	  echo "Python.h is missing, so the slower torch code is used: for C++, apt install python3-dev and make clean" >&2; \
 	  export SKBUILD_WHEEL_CMAKE=false; \
 	fi; $(ENV)/pip install --quiet --editable '.$(EXTRAS_$*)'
+	@touch $@
+
+# The extra lint, without building ddfast again.
+.venv/installed-lint: .venv/installed-test
+	$(ENV)/pip install --quiet ruff mypy
 	@touch $@
 
 .venv/python-ready:
