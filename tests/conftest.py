@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_helpers import FAMILIES
 from safetensors import safe_open
+from tiny import tiny_bundle
+
+from ddfast.models import Teacher, load_teacher
 
 HERE = Path(__file__).parent
 
@@ -70,3 +74,16 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     if not request.param.exists():
         pytest.fail(f"no file {request.param}.safetensors in {request.config.getoption('--golden')}", pytrace=False)
     return Golden(request.param)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny teacher of each family, as a file."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return {family: tiny_bundle(folder / f"{family}.safetensors", family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def teacher(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Teacher:
+    """Each of ``bundles``, loaded."""
+    return load_teacher(str(bundles[request.param]))

@@ -286,7 +286,7 @@ def test_tests_that_take_too_long_are_interrupted_and_the_finished_ones_counted(
 
 def test_gpu_tests_are_found() -> None:
     names = {path.name for path in gpu.test_files()}
-    assert {"test_layers_cuda.py", "test_kernels.py", "test_engine.py", "test_linear.py"} <= names
+    assert {"test_layers_cuda.py", "test_kernels.py", "test_graphs.py", "test_linear.py"} <= names
     assert not names & {"test_benches.py", "test_cli.py"}
 
 

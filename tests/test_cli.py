@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_helpers import contents
 from PIL import Image
 from test_checkpoints import BY_FILE
 from tiny import random_weights, tiny_bundle
@@ -36,10 +37,6 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     captured = capsys.readouterr()
     assert captured.out == ""
     return captured.err
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 import ddfast
+from ddfast import _native
 from ddfast.noise import normal_noise
 
 ROOT = Path(__file__).parent.parent
@@ -110,3 +111,10 @@ def test_make_says_in_one_line_what_is_missing(missing: str, tmp_path: Path) -> 
     assert run.returncode != 0 and run.stdout == ""
     assert len(lines) == 1 and advice in lines[0]
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.skipif(not _native.cuda_built() or torch.cuda.is_available(), reason="CUDA kernels, and no GPU")
+def test_cuda_kernels_without_a_driver_say_so() -> None:
+    """The extension has been imported; only a call needs the driver, and is refused by name."""
+    with pytest.raises(RuntimeError, match="CUDA: .*(driver|device)"):
+        _native._C.swiglu_cuda(0, 1, 8, 0, 0, 0)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_helpers import FAMILIES, contents
 from tiny import CLASSES, VOCAB, tiny_bundle
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
@@ -37,13 +38,6 @@ from ddfast.pairs import (
     store,
 )
 
-FAMILIES = ("var", "llamagen")
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    return load_teacher(str(tiny_bundle(tmp_path_factory.mktemp("tiny") / "tiny.safetensors", request.param)))
-
 
 def manifest_of(teacher: Teacher, num: int = 50, shard_size: int = 16, **changes: object) -> Manifest:
     sampling = teacher.plain_sampling()
@@ -53,10 +47,6 @@ def manifest_of(teacher: Teacher, num: int = 50, shard_size: int = 16, **changes
 def make(folder: Path, teacher: Teacher, manifest: Manifest, batch: int = 8, shards: range | None = None) -> None:
     plan = Plan(folder, manifest, range(manifest.num_shards) if shards is None else shards)
     execute(plan, teacher, batch)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def test_shards_hold_what_the_engine_gives(tmp_path: Path, teacher: Teacher) -> None:
