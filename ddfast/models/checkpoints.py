@@ -28,8 +28,10 @@ from ..errors import UserError
 from ..files import write_atomic
 from .digits import DigitsTokenizer, DigitsTokenizerConfig
 from .llamagen import LlamaGenConfig, LlamaGenTransformer
+from .llamagen_student import LlamaGenStudent, LlamaGenStudentConfig
 from .llamagen_vq import LlamaGenTokenizer, LlamaGenTokenizerConfig
 from .var import VARConfig, VARTransformer
+from .var_student import VARStudent, VARStudentConfig
 from .var_vqvae import VARTokenizer, VARTokenizerConfig
 
 FORMAT = 1
@@ -39,6 +41,8 @@ KINDS: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "var-tokenizer": (VARTokenizerConfig, VARTokenizer),
     "llamagen-transformer": (LlamaGenConfig, LlamaGenTransformer),
     "llamagen-tokenizer": (LlamaGenTokenizerConfig, LlamaGenTokenizer),
+    "var-student": (VARStudentConfig, VARStudent),
+    "llamagen-student": (LlamaGenStudentConfig, LlamaGenStudent),
     "digits-tokenizer": (DigitsTokenizerConfig, DigitsTokenizer),
 }
 Shape = tuple[int, ...]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import rotate
+from .attention import Attend, causal
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,11 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x_RnD: Tensor, rope: Tensor) -> Tensor:
-        """Causal."""
+    def forward(self, x_RnD: Tensor, rope: Tensor, attend: Attend) -> Tensor:
         widths = [self.heads, self.kv_heads, self.kv_heads]
         q, k, v = self.wqkv(x_RnD).unflatten(2, (-1, self.head_dim)).split(widths, dim=2)
         q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        return self.wo(out.transpose(1, 2).flatten(2))
+        return self.wo(attend(q, k, v, self.head_dim**-0.5).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -109,8 +108,8 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope)
+    def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, attend)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -163,5 +162,5 @@ class LlamaGenTransformer(nn.Module):
         x = torch.cat([self.cls_embedding(labels).unsqueeze(1), self.tok_embeddings(tokens[:, :-1])], dim=1)
         rope = self.rope[: x.shape[1]]
         for layer in self.layers:
-            x = layer(x, rope)
+            x = layer(x, rope, causal)
         return self.output(self.norm(x))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Attend, masked
+
 
 @dataclass(frozen=True)
 class VARConfig:
@@ -59,15 +61,13 @@ class Attention(nn.Module):
         """What a normalised query is multiplied by: [H]."""
         return self.scale_mul_1H11.flatten().clamp_max(math.log(100.0)).exp()
 
-    def forward(self, x_RnD: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``mask`` bool [n, n], True where a query (row) may see a key; None lets all see all."""
+    def forward(self, x_RnD: Tensor, attend: Attend) -> Tensor:
         qkv = F.linear(x_RnD, self.mat_qkv.weight, self.qkv_bias()).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [R, H, n, d]
         if self.l2_norm:
             q = F.normalize(q, dim=-1) * self.head_scales()[:, None, None]
             k = F.normalize(k, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, self.scale).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -116,10 +116,12 @@ class Block(nn.Module):
             return cond + self.ada_gss[0]
         return self.ada_lin(cond).unflatten(1, (6, -1))
 
-    def forward(self, x: Tensor, mod: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mod: Tensor, attend: Attend, between: Tensor | None = None) -> Tensor:
+        """``between`` is added to the stream after attention: a student's noise/data embedding."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod.unsqueeze(2).unbind(1)
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale1) + shift1
-        x = x + self.attn(h, mask) * gamma1
+        x = x + self.attn(h, attend) * gamma1
+        x = x if between is None else x + between
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale2) + shift2
         return x + self.ffn(h) * gamma2
 
@@ -221,7 +223,7 @@ class VARTransformer(nn.Module):
         """
         cond_BD = self.class_emb(labels)
         x = torch.cat([self.start_tokens(cond_BD), self.word_embed(inputs)], dim=1) + self.positions()
-        mask = self.block_causal_mask()
+        attend = masked(self.block_causal_mask())
         for block, mod in zip(self.blocks, self.modulations(cond_BD), strict=True):
-            x = block(x, mod, mask)
+            x = block(x, mod, attend)
         return self.logits(x, cond_BD)

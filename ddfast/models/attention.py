@@ -1,0 +1,162 @@
+"""Attention by groups: what the transformers' attention layers call between their projections.
+
+A student's position sees the condition, every position of strictly earlier groups, and itself. Computed group by group
+that is 2.6 times less than a dense mask would cost VAR's 681 positions.
+
+Axes: B images, H heads, N heads of all images, L positions, n positions of one group, s positions before it, d head
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""``attend(q, k, v, scale)``: each [B, H, L, d] to [B, H, L, d]."""
+
+SHORT = 128
+"""Positions up to which a dense mask is faster on a CPU than many small products."""
+
+CHUNK = 1 << 21
+"""Scores held at a time, while a CPU goes through a group."""
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """A position sees itself and those before it; keys and values may have fewer heads."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def masked(mask_LL: Tensor) -> Attend:
+    """``mask`` bool, True where a query (row) may see a key."""
+    return lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LL, scale=scale)
+
+
+def group_mask(groups: tuple[int, ...], device: torch.device) -> Tensor:
+    """The student's rule as bool [L, L]: strictly earlier groups, and the position itself."""
+    sizes = torch.tensor(groups, device=device)
+    level = torch.repeat_interleave(torch.arange(len(groups), device=device), sizes)
+    return (level[:, None] > level[None, :]) | torch.eye(len(level), dtype=torch.bool, device=device)
+
+
+def grouped(groups: tuple[int, ...], device: torch.device) -> Attend:
+    """The student's rule in the form that is fastest for these groups (the condition being the first) and device."""
+    if all(n == 1 for n in groups):
+        return causal
+    if device.type == "cuda":
+        return _flex(groups, device)
+    return _dense(groups, device) if sum(groups) <= SHORT else _by_groups(groups)
+
+
+@cache
+def _dense(groups: tuple[int, ...], device: torch.device) -> Attend:
+    mask = group_mask(groups, device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # fused: ten times slower backwards
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    return attend
+
+
+@cache
+def _flex(groups: tuple[int, ...], device: torch.device) -> Attend:
+    """FlexAttention, which skips blocks that nobody sees; it runs compiled only."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    sizes = torch.tensor(groups, device=device)
+    level = torch.repeat_interleave(torch.arange(len(groups), device=device), sizes)
+
+    def rule(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (level[query] > level[key]) | (query == key)
+
+    length = sum(groups)
+    blocks = create_block_mask(rule, None, None, length, length, device=str(device))
+    run: Any = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return run(q, k, v, block_mask=blocks, scale=scale)
+
+    return attend
+
+
+@cache
+def _by_groups(groups: tuple[int, ...]) -> Attend:
+    bounds, stop = [], 0
+    for n in groups:
+        bounds.append((stop, stop := stop + n))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        flat = (t.to(v.dtype).flatten(0, 1) for t in (q, k, v))
+        return _ByGroups.apply(*flat, bounds, scale).view(q.shape)  # type: ignore[no-untyped-call]
+
+    return attend
+
+
+class _ByGroups(torch.autograd.Function):
+    """softmax over [q k_j for j < s, q k_self], a group at a time; scores are computed again for the gradient.
+
+    With p the probabilities, o the output and g its gradient: dS = p (g v - g o), as in FlashAttention
+    (arXiv 2205.14135, Alg. 4); the position itself is one more key.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_NLd: Tensor, k_NLd: Tensor, v_NLd: Tensor, bounds: list[tuple[int, int]], scale: float
+    ) -> Tensor:
+        q, k, v = (t.contiguous() for t in (q_NLd, k_NLd, v_NLd))
+        out = v.clone()  # the first group sees only itself
+        self_NL1 = (torch.linalg.vecdot(q, k) * scale).unsqueeze(-1)
+        lse_NL1 = self_NL1.clone()
+        for rows, before, own, (scores, acc) in _walk(q, bounds, 1, q.shape[2]):
+            torch.baddbmm(scores, q[rows, own], k[rows, before].mT, beta=0, alpha=scale, out=scores)
+            self_score = self_NL1[rows, own]
+            most = torch.maximum(scores.amax(-1, keepdim=True), self_score)
+            scores.sub_(most).exp_()
+            weight = (self_score - most).exp_()
+            total = scores.sum(-1, keepdim=True).add_(weight)
+            torch.bmm(scores, v[rows, before], out=acc)
+            torch.div(acc.addcmul_(v[rows, own], weight), total, out=out[rows, own])
+            lse_NL1[rows, own] = most + total.log_()
+        ctx.save_for_backward(q, k, v, out, lse_NL1, self_NL1)
+        ctx.bounds, ctx.scale = bounds, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, self_NL1 = ctx.saved_tensors
+        scale, g = ctx.scale, gradients[0].contiguous()
+        own_p = (self_NL1 - lse).exp_()
+        carried = torch.linalg.vecdot(g, out).unsqueeze(-1)
+        own_ds = (torch.linalg.vecdot(g, v).unsqueeze(-1) - carried).mul_(own_p).mul_(scale)
+        dq, dk, dv = k * own_ds, q * own_ds, g * own_p
+        for rows, before, own, (p, ds) in _walk(q, ctx.bounds, 2, 0):
+            torch.baddbmm(p, q[rows, own], k[rows, before].mT, beta=0, alpha=scale, out=p)
+            p.sub_(lse[rows, own]).exp_()
+            torch.bmm(g[rows, own], v[rows, before].mT, out=ds)
+            ds.sub_(carried[rows, own]).mul_(p).mul_(scale)
+            dq[rows, own] += torch.bmm(ds, k[rows, before])
+            dk[rows, before] += torch.bmm(ds.mT, q[rows, own])
+            dv[rows, before] += torch.bmm(p.mT, g[rows, own])
+        return dq, dk, dv, None, None
+
+
+def _walk(q_NLd: Tensor, bounds: list[tuple[int, int]], square: int, wide: int) -> Any:
+    """Every group after the first, ``CHUNK`` scores at a time: (rows, positions before, own positions, buffers).
+
+    The buffers are ``square`` times [rows, n, s] and, with ``wide``, one [rows, n, wide].
+    """
+    count = len(q_NLd)
+    for start, stop in bounds[1:]:
+        n, step = stop - start, max(1, min(count, CHUNK // ((stop - start) * start)))
+        widths = [start] * square + [wide] * (wide > 0)
+        buffers = [q_NLd.new_empty(step, n, w) for w in widths]
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            parts = tuple(b[: last - first] for b in buffers)
+            yield slice(first, last), slice(0, start), slice(start, stop), parts

@@ -1,0 +1,181 @@
+"""The wall every student stands behind: one forward pass from noise, or from data up to a group, to all tokens.
+
+Timestep t is a group: tokens of groups before t are data, those from t on are noise (Eq. 5 of arXiv 2412.17153, counted
+from 0). At t = 0 everything is noise.
+
+Axes: B images, L tokens of an image, V codebook size, C codebook channels, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UserError
+from .attention import Attend, grouped
+
+HEAD_EPS = 1e-6
+NEW_STD = 0.02  # of what the teacher does not have
+
+
+class EmbeddingHead(nn.Module):
+    """Codebook-space vectors from the residual stream: a layer norm modulated by the class embedding, and a linear."""
+
+    def __init__(self, dim: int, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, channels)
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
+
+    def forward(self, h_BnD: Tensor, cond_BD: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + cond_BD.unsqueeze(1)).unsqueeze(2).unbind(1)
+        return self.linear(F.layer_norm(h_BnD, h_BnD.shape[-1:], eps=HEAD_EPS) * (1 + scale) + shift)
+
+
+class Student(nn.Module, ABC):
+    """A teacher's backbone over [condition, x_0 .. x_{L-1}] with two heads, both read at a token's own position.
+
+    A position sees the condition, every position of strictly earlier groups, and itself.
+
+    Attributes:
+        groups: tokens in each group; they sum to L.
+        num_classes, vocab_size, channels: number of labels, V and C.
+        recompute: forget the blocks' activations in training and compute them again for the gradient.
+    """
+
+    groups: tuple[int, ...]
+    num_classes: int
+    vocab_size: int
+    channels: int
+    final_layer_conti: EmbeddingHead
+    n_d_embed: nn.Embedding
+    recompute = False
+
+    @property
+    @abstractmethod
+    def stack(self) -> nn.ModuleList:
+        """The transformer blocks."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """D"""
+
+    @abstractmethod
+    def cond(self, labels: Tensor) -> Tensor:
+        """Class embeddings [B, D] of ``labels`` int64 [B]."""
+
+    @abstractmethod
+    def hidden(self, x_BLC: Tensor, known_BL: Tensor, cond_BD: Tensor) -> Tensor:
+        """The residual stream [B, L, D] that both heads read.
+
+        ``known`` int64 [B or 1, 1 + L]: 1 where a position, the condition's first, holds data, 0 where it holds noise.
+        """
+
+    @abstractmethod
+    def logits(self, h_BnD: Tensor, cond_BD: Tensor) -> Tensor:
+        """Vocabulary logits [B, n, V] at any n positions."""
+
+    @abstractmethod
+    def init_with_teacher(
+        self, teacher: nn.Module, codebook: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Take over a teacher transformer's weights, key by key.
+
+        Args:
+            codebook: [V, C]; where the teacher embeds token indices, the input projection then starts as the
+                least-squares map from codebook rows to those embeddings; None leaves it as it is.
+        """
+
+    def embeddings(self, h_BnD: Tensor, cond_BD: Tensor) -> Tensor:
+        """Codebook-space vectors [B, n, C] at any n positions."""
+        return self.final_layer_conti(h_BnD, cond_BD)
+
+    @property
+    def num_tokens(self) -> int:
+        """L"""
+        return sum(self.groups)
+
+    def starts(self) -> list[int]:
+        """Where each group begins, and L last."""
+        return [0, *accumulate(self.groups)]
+
+    def attend(self, device: torch.device) -> Attend:
+        """The attention rule, with the condition as a group of its own."""
+        return grouped((1, *self.groups), device)
+
+    def known(self, t: int | Tensor, device: torch.device) -> Tensor:
+        """Which positions hold data at timestep ``t`` (an int, or int64 [B]): int64 [1 or B, 1 + L]."""
+        starts = torch.tensor(self.starts(), device=device)
+        first_noise = starts[t].reshape(-1, 1)
+        return (torch.arange(-1, self.num_tokens, device=device) < first_noise).long()
+
+    def run_blocks(self, run: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
+        """``x`` through all blocks by ``run(block, x)``."""
+        for block in self.stack:
+            if self.recompute and self.training:
+                x = checkpoint(partial(run, block), x, use_reentrant=False)
+            else:
+                x = run(block, x)
+        return x
+
+    def forward(self, labels: Tensor, x: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Both heads at all positions, for training.
+
+        Args:
+            labels: int64 [B].
+            x: [B, L, C], codebook rows in groups before ``t``, noise from there on.
+            t: the timestep, or int64 [B] with one an image.
+
+        Returns:
+            Embeddings [B, L, C] and logits [B, L, V]; those of groups before ``t`` mean nothing.
+        """
+        cond = self.cond(labels)
+        h = self.hidden(x, self.known(t, x.device), cond)
+        return self.embeddings(h, cond), self.logits(h, cond)
+
+    @torch.inference_mode()
+    def predict(self, labels: Tensor, x: Tensor, t: int, codebook: Tensor, split: int) -> Tensor:
+        """One step: the whole image, each head run only where it is read.
+
+        Args:
+            labels: int64 [B].
+            x: float32 [B, L, C], data in groups before ``t``, noise from there on.
+            t: the timestep, 0 to K - 1.
+            codebook: [V, C].
+            split: groups before it become codebook rows, those of the largest logits; the others what the embedding
+                head says.
+
+        Returns:
+            [B, L, C]: ``x`` in groups before ``t``, predictions from there on.
+        """
+        self.check_timestep(t)
+        starts = self.starts()
+        first, middle = starts[t], starts[min(max(t, split), len(self.groups))]
+        cond = self.cond(labels)
+        h = self.hidden(x.to(cond.dtype), self.known(t, x.device), cond)
+        out = x.clone()
+        if middle > first:
+            out[:, first:middle] = codebook[self.logits(h[:, first:middle], cond).argmax(-1)].to(out.dtype)
+        if middle < self.num_tokens:
+            out[:, middle:] = self.embeddings(h[:, middle:], cond).to(out.dtype)
+        return out
+
+    def check_timestep(self, t: int) -> None:
+        """Raise UserError for a timestep that is no group."""
+        if not 0 <= t < len(self.groups):
+            raise UserError(f"timestep {t} is no group of this student; use 0 to {len(self.groups) - 1}")
+
+    @torch.no_grad()
+    def init_own(self, generator: torch.Generator | None) -> None:
+        """What no teacher has: the noise/data embedding and the embedding head, as the released code starts them."""
+        nn.init.trunc_normal_(self.n_d_embed.weight, std=NEW_STD, generator=generator)
+        nn.init.normal_(self.final_layer_conti.scale_shift_table, std=self.width**-0.5, generator=generator)
+        nn.init.trunc_normal_(self.final_layer_conti.linear.weight, std=NEW_STD, generator=generator)
+        self.final_layer_conti.linear.bias.zero_()
