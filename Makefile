@@ -18,12 +18,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 
-demo: .venv/installed-demo  ## 2,000 noise-token pairs of each bundled teacher, and pictures of them
-	$(ENV)/ddfast pairs --teacher digits-var --num 2000 --out demo/pairs-var
-	$(ENV)/ddfast pairs show demo/pairs-var --out demo/pairs-var.png
-	$(ENV)/ddfast pairs --teacher digits-llamagen --num 2000 --out demo/pairs-llamagen
-	$(ENV)/ddfast pairs show demo/pairs-llamagen --out demo/pairs-llamagen.png
-	@echo "The pictures are demo/pairs-var.png and demo/pairs-llamagen.png"
+demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, its one-step pictures and figures
+	$(ENV)/ddfast pairs --teacher digits-var --num 21000 --out demo/pairs-var
+	$(ENV)/ddfast train --teacher digits-var --pairs demo/pairs-var --out demo/student-var
+	$(ENV)/ddfast pairs --teacher digits-llamagen --num 21000 --out demo/pairs-llamagen
+	$(ENV)/ddfast train --teacher digits-llamagen --pairs demo/pairs-llamagen --out demo/student-llamagen
+	$(ENV)/ddfast digits eval --student demo/student-var --student demo/student-llamagen
+	@echo "One-step pictures below the teacher's of the same noise: the newest in demo/student-*/samples"
 
 test: .venv/installed-test  ## the tests
 	$(ENV)/pytest tests
@@ -54,7 +55,7 @@ clean:  ## remove .venv and everything built
 	rm -rf .venv build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-EXTRAS_demo :=
+EXTRAS_demo := [train]
 EXTRAS_test := [test,bench]
 EXTRAS_bench := [test,bench]
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +178,11 @@ def effect(teacher: Teacher, prefix: Prefix, sampling: Sampling, reference: list
 def quality(teacher: Teacher, sampling: Sampling, samples: int) -> dict[str, float]:
     """Accuracy and Frechet distance of samples through the flow."""
     classifier, reference = load_classifier(BUNDLED / CLASSIFIER_FILE)
-    draw = partial(flow_map, teacher, sampling=sampling, seed=SEED)
-    return {"samples": samples, **measure(teacher, draw, classifier, reference, samples).to_dict()}
+
+    def draw(labels: Tensor, first: int) -> Tensor:
+        return teacher.images(flow_map(teacher, labels, first, sampling, SEED))
+
+    return {"samples": samples, **measure(draw, teacher.num_classes, classifier, reference, samples)[0].to_dict()}
 
 
 def rows_of(case: Case, samples: int) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Tests marked gpu, every operation timed against its ceiling and plain torch, then whole pairs: ``make gpu``.
+"""Tests marked gpu, every operation timed against its ceiling and plain torch, then pairs and training: ``make gpu``.
 
 Needs torch for CUDA, Triton and pytest; no network. Writes benches/results/gpu-NAME.json after each figure, prints a
 table last, and exits with 1 if a test or a case failed, after all the others. Times are medians (the JSON has p20 and
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_pairs
+import gpu_train
 import torch
 from _common import RESULTS, finish, hardware
 from gpu_cases import Case, Clock, all_cases, measure_case, measure_ceilings
@@ -39,10 +40,11 @@ from gpu_cases import Case, Clock, all_cases, measure_case, measure_ceilings
 from ddfast import _native
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("tests", "benches", "pairs", "tune")
+STAGES = ("tests", "benches", "pairs", "train", "tune")
 OUT_OF_TIME = "out of time"
 _TEST_SECONDS, _CASE_SECONDS = 180, 90  # the most that all tests, and one case, may take
-_PAIR_SECONDS = 120  # kept for pairs when the operations take their time
+_KEPT = {"pairs": 120, "train": 90}  # seconds that the stages before leave to these
+_WHOLE: dict[str, Any] = {"pairs": gpu_pairs, "train": gpu_train}  # stages of whole programs
 _SHOWN = 40  # failures in the table
 _BROKEN = 3  # exit status of a process in which the device takes no more work
 
@@ -218,33 +220,43 @@ def bench_from(number: str, seconds: str, path: str) -> int:
     """What the command of ``run_benches`` does."""
 
     def report(row: Figures) -> None:
-        print(line(row), flush=True)
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        write_line(path, row, line)
         torch.cuda.empty_cache()
 
     clock = Clock(torch.device("cuda", torch.cuda.current_device()))
     return measure_all(list(all_cases())[int(number) :], clock, float(seconds), report)
 
 
-def pairs_from(number: str, seconds: str, path: str) -> int:
-    """What the command of ``run_benches`` does for cases of gpu_pairs. An error ends the process, which is recorded."""
+def whole_from(stage: str, number: str, seconds: str, path: str) -> int:
+    """What the command of ``run_benches`` does for a stage of _WHOLE. An error ends the process, which is recorded."""
     until, device = time.monotonic() + float(seconds), torch.device("cuda", torch.cuda.current_device())
-    cases = gpu_pairs.pair_cases()[int(number) :]
+    cases = whole_cases(stage)[int(number) :]
     faulthandler.dump_traceback_later(float(seconds) + 30, exit=True, file=sys.__stderr__)
     done: list[Figures] = []
 
     def report(row: Figures) -> None:
         done.append(row)
-        gpu_pairs.write_line(Path(path), row)
+        write_line(path, row, _WHOLE[stage].line)
 
     try:
-        gpu_pairs.report_from(cases, measure_ceilings(Clock(device)), device, until, report)
+        _WHOLE[stage].report_from(cases, measure_ceilings(Clock(device)), device, until, report)
     except Exception as error:  # noqa: BLE001 - recorded; the exit status tells
         traceback.print_exc()
         report({"name": cases[len(done)].name, "problem": f"{type(error).__name__}: {error}"[:500]})
         return _BROKEN
     return 0
+
+
+def whole_cases(stage: str) -> list[Any]:
+    """The cases of a stage of _WHOLE."""
+    return gpu_pairs.pair_cases() if stage == "pairs" else gpu_train.train_cases()
+
+
+def write_line(path: str, row: Figures, shown: Callable[[Figures], str]) -> None:
+    """Show a row and add it to a file of JSON lines."""
+    print(shown(row), flush=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def line(row: Figures) -> str:
@@ -304,7 +316,7 @@ def failures(figures: Figures) -> list[str]:
     tests = figures.get("tests", {})
     found += [f"tests: {tests['problem']}"] if "problem" in tests else []
     found += [f"failed: {name}" for name in tests.get("failures", ())]
-    rows = (*figures.get("benches", ()), *figures.get("pairs", ()))
+    rows = [row for stage in ("benches", *_WHOLE) for row in figures.get(stage, ())]
     found += [f"{row['name']}: {row['problem']}" for row in rows if "problem" in row]
     tuned = [row for row in figures.get("tuned", ()) if row.get("problem", OUT_OF_TIME) != OUT_OF_TIME]
     return found + [f"tuning {row['operation']}: {row['problem']}" for row in tuned]
@@ -328,8 +340,9 @@ def print_report(figures: Figures) -> None:
     print(f"\n{figures['hardware'].get('gpu', 'no GPU')}")
     for row in figures.get("benches", ()):
         print(line(row))
-    for row in figures.get("pairs", ()):
-        print(gpu_pairs.line(row))
+    for stage, whole in _WHOLE.items():
+        for row in figures.get(stage, ()):
+            print(whole.line(row))
     for bar in figures.get("bars", ()):
         print("held  " if bar["held"] else "MISSED", f"{bar['name']} = {bar['value']:.2f}")
     if "passed" in figures.get("tests", {}):
@@ -344,11 +357,11 @@ def main() -> int:
     """Run the stages, write the JSON, print the report; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=STAGES, action="append", help="a stage; may be repeated (default: all)")
-    parser.add_argument("--seconds", type=float, default=400.0, help="time for all (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=430.0, help="time for all (default %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file (default benches/results/gpu-NAME.json)")
     parser.add_argument("--tune-one", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--bench-from", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--pairs-from", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--whole-from", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch sees no CUDA device here", file=sys.stderr)
@@ -358,10 +371,10 @@ def main() -> int:
         return 0
     if options.bench_from:
         return bench_from(*options.bench_from)
-    if options.pairs_from:
-        return pairs_from(*options.pairs_from)
+    if options.whole_from:
+        return whole_from(*options.whole_from)
     stages = options.only or STAGES
-    until = time.monotonic() + options.seconds
+    until, kept = time.monotonic() + options.seconds, {k: v for k, v in _KEPT.items() if k in stages}
     name = slug(torch.cuda.get_device_name()) + ("" if not options.only else "-" + "-".join(options.only))
     out: Path = options.out or RESULTS / f"gpu-{name}.json"
     figures: Figures = {"bench": "gpu", "hardware": about("cuda"), "cuda_built": _native.cuda_built()}
@@ -375,13 +388,14 @@ def main() -> int:
         save("tests", run_tests(min(_TEST_SECONDS, options.seconds)))
     if "benches" in stages:
         again = [sys.executable, __file__, "--bench-from"]
-        soon = until - (_PAIR_SECONDS if "pairs" in stages else 0)
-        run_benches([case.name for case in all_cases()], soon, partial(save, "benches"), again)
-    if "pairs" in stages:
-        names = [case.name for case in gpu_pairs.pair_cases()]
-        run_benches(names, until, partial(save, "pairs"), [sys.executable, __file__, "--pairs-from"])
-    if "benches" in stages or "pairs" in stages:
-        save("bars", bars(figures.get("benches", ())) + gpu_pairs.bars(figures.get("pairs", ())))
+        run_benches([case.name for case in all_cases()], until - sum(kept.values()), partial(save, "benches"), again)
+    for stage in [stage for stage in _WHOLE if stage in stages]:
+        names, again = [case.name for case in whole_cases(stage)], [sys.executable, __file__, "--whole-from", stage]
+        kept.pop(stage)
+        run_benches(names, until - sum(kept.values()), partial(save, stage), again)
+    if {"benches", *_WHOLE} & set(stages):
+        whole = [bar for stage, module in _WHOLE.items() for bar in module.bars(figures.get(stage, ()))]
+        save("bars", bars(figures.get("benches", ())) + whole)
     if "tune" in stages:
         run_tuning(TUNED, until, partial(save, "tuned"))
     figures["failures"] = failures(figures)

@@ -10,15 +10,18 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_flow
 import bench_layers
 import bench_pairs
 import bench_solvers
+import bench_train
 import flow_cases
 import gpu
 import gpu_cases
+import gpu_train
 import naive
 import pytest
 import torch
@@ -29,6 +32,7 @@ from ddfast import _native, ops
 from ddfast.flow import DEFAULT_NFE, LogitFilter, filter_logits, make_solver
 from ddfast.flow.tokens import guide
 from ddfast.models import load_teacher
+from ddfast.training import Run
 
 BENCHES = Path(bench_flow.__file__).parent
 CPU = torch.device("cpu")
@@ -310,9 +314,10 @@ def test_all_stages_end_in_one_file_and_a_status(monkeypatch: pytest.MonkeyPatch
     row = {"name": "flow var 43520 rows bfloat16", "us": {"fused": {"p50": 300.0}}, "agreement_percent": 99.9}
     row |= {"times_ceiling": 1.5, "times_read_once": 1.5, "times_plain": 80.0}
     counts = {"passed": 5, "failed": 0, "skipped": 0, "failures": [], "seconds": 1.0}
+    untils: list[float] = []
     given: dict[str, Any] = {
         "run_tests": lambda seconds: counts,
-        "run_benches": lambda names, until, save, command: save([row]),
+        "run_benches": lambda names, until, save, command: (untils.append(until), save([row])),
         "run_tuning": lambda problems, until, save: save([{"operation": "flow", "rows": 8}]),
         "about": lambda device: {"gpu": "Toy GPU"},
         "RESULTS": tmp_path,
@@ -325,7 +330,9 @@ def test_all_stages_end_in_one_file_and_a_status(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     assert gpu.main() == 0
     figures = json.loads((tmp_path / "gpu-toy-gpu.json").read_text())
-    assert figures["tests"] == counts and figures["benches"] == [row] and figures["failures"] == []
+    assert figures["tests"] == counts and figures["failures"] == []
+    assert figures["benches"] == figures["pairs"] == figures["train"] == [row]
+    assert [b - a for a, b in zip(untils, untils[1:], strict=False)] == pytest.approx(list(gpu._KEPT.values()))
     assert [bar["held"] for bar in figures["bars"]] == [True, True] and figures["tuned"][0]["rows"] == 8
     assert capsys.readouterr().out.rstrip().endswith("tests: 5 passed, 0 failed, 0 skipped")
     counts["failures"] = ["test_x"]
@@ -352,6 +359,125 @@ def test_endurance_reports_speed_and_memory() -> None:
     figures = bench_pairs.endurance(0.04)
     assert figures["shards"] >= 1 and figures["minutes"]
     assert all(row["pairs_per_s"] > 0 and row["rss_mib"] > 50 for row in figures["minutes"])
+
+
+# Training
+
+
+def linear_products(name: str, batch: int) -> float:
+    """6 x rows x weights of every linear layer of a bundled teacher's student, in GFLOP, by its place in the model."""
+    student = load_teacher(name).new_student(torch.Generator().manual_seed(0))
+    tokens, total = batch * student.num_tokens, 0
+    in_blocks = {id(m) for m in student.stack.modules()}
+    for place, m in student.named_modules():
+        if isinstance(m, torch.nn.Linear):
+            rows = batch + tokens if id(m) in in_blocks else tokens  # the condition has a position in the blocks
+            rows = batch if "ada_lin" in place else 2 if "layerwise" in place else rows
+            total += 6 * rows * m.weight.numel()
+    return total / 1e9
+
+
+@pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])
+def test_training_steps_are_set_beside_the_products_of_their_linear_layers(name: str) -> None:
+    whole, parts = (bench_train.timed_steps(load_teacher(name), 6, Run(micro_batch=m), 1, steps=2) for m in (None, 3))
+    assert whole["products_gflop"] == pytest.approx(linear_products(name, 6))
+    twice = 2 * linear_products(name, 3)  # VAR's two markings pass through their layers in each part
+    assert parts["products_gflop"] == pytest.approx(twice) and (whole["micro_batch"], parts["micro_batch"]) == (6, 3)
+    for row in (whole, parts):
+        assert row["steps"] == 2 and row["pairs_per_s"] == pytest.approx(6 / row["s_per_step"])
+        assert row["time_over_products"] == pytest.approx(row["s_per_step"] / row["products_s"])
+        assert row["products_gflop_per_s"] == pytest.approx(row["products_gflop"] / row["products_s"])
+        assert row["mfu"] == pytest.approx(
+            row["pairs_per_s"] * row["model_gflop_per_pair"] / 1e3 / row["peak_tflop_per_s"]
+        )
+        assert row["products_gflop"] < 6 * row["model_gflop_per_pair"] and row["memory_gib"] > 0.1
+    json.dumps([whole, parts])
+
+
+CEILINGS = gpu_cases.Ceilings(copy_bytes_per_s=1e10, bf16_flop_per_s=2e12)
+
+
+def pretend_steps(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[Run]:
+    """``timed_steps`` without steps, which runs out of memory above ``fits`` pairs at once. Fills what it returns."""
+    runs: list[Run] = []
+
+    def timed(teacher: Any, batch: int, run: Run, rounds: int, steps: int) -> dict[str, Any]:
+        runs.append(run)
+        if run.micro_batch is None or run.micro_batch > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        figures = {"teacher": teacher, "batch": batch, "recompute": run.recompute, "s_per_step": 0.25, "mfu": 0.5}
+        more = {"pairs_per_s": 256.0, "model_gflop_per_pair": 5.0, "time_over_products": 1.5, "memory_gib": 7.0}
+        return figures | more | {"peak_source": "datasheet"}
+
+    monkeypatch.setattr(gpu_train, "timed_steps", timed)
+    monkeypatch.setattr(gpu_train, "make_teacher", lambda name, device: SimpleNamespace(device=CPU))
+    return runs
+
+
+def test_training_cases_are_named_apart_and_one_is_held_to_the_bar() -> None:
+    cases = gpu_train.train_cases()
+    assert len({case.name for case in cases}) == len(cases) and cases[0].name == "train digits-var batch 128 eager"
+    rows = [{"name": c.name, "teacher": c.teacher, "recompute": c.recompute, "mfu": 0.44} for c in cases]
+    rows.append({"name": "train var-d16 batch 64", "problem": "out of time"})
+    bars = gpu_train.bars(rows)
+    assert bars == [{"name": "train var-d16 batch 64: mfu", "value": 0.44, "at least": 0.45, "held": False}]
+    assert gpu.failures({"train": rows})[-1] == "train var-d16 batch 64: out of time"
+
+
+def test_a_step_that_does_not_fit_is_tried_in_smaller_parts_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = pretend_steps(monkeypatch, fits=20)
+    row = gpu_train.measure_case(gpu_train.TrainCase("var-d16", 64, recompute=True), CEILINGS, CPU)
+    assert [run.micro_batch for run in runs] == [64, 32, 16]
+    assert all(run.compile and run.recompute and run.precision == "bfloat16" for run in runs)
+    assert row["share_of_matmul_peak"] == pytest.approx(256 * 5e9 / 2e12)
+    assert row["note"] == "out of memory at batch 64: in micro-batches of 16" and row["note"] in gpu_train.line(row)
+    assert "0.2500 s a step" in gpu_train.line(row) and "MFU 50.0% (datasheet), 64.0%" in gpu_train.line(row)
+    pretend_steps(monkeypatch, fits=64)
+    assert "note" not in gpu_train.measure_case(gpu_train.TrainCase("var-d16", 64), CEILINGS, CPU)
+    pretend_steps(monkeypatch, fits=0)
+    with pytest.raises(torch.OutOfMemoryError, match="one pair at a time"):
+        gpu_train.measure_case(gpu_train.TrainCase("var-d16", 4), CEILINGS, CPU)
+
+
+@pytest.mark.parametrize("stage", ["pairs", "train"])
+def test_a_program_that_fails_is_told_and_the_next_process_goes_on(
+    stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def measure(case: Any, ceilings: Any, device: Any) -> dict[str, Any]:
+        if case.name == names[1]:
+            raise RuntimeError("unspecified launch failure")
+        return {"name": case.name, "note": "done"}
+
+    names = [case.name for case in gpu.whole_cases(stage)]
+    monkeypatch.setattr(gpu._WHOLE[stage], "measure_case", measure)
+    monkeypatch.setattr(gpu, "Clock", lambda device: None)
+    monkeypatch.setattr(gpu, "measure_ceilings", lambda clock: CEILINGS)
+    monkeypatch.setattr(gpu.faulthandler, "dump_traceback_later", lambda *args, **options: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *device: None)
+    paths = [str(tmp_path / name) for name in ("first", "second", "late")]
+    assert gpu.whole_from(stage, "0", "60", paths[0]) == gpu._BROKEN
+    assert gpu.whole_from(stage, "2", "60", paths[1]) == 0
+    assert gpu.whole_from(stage, "0", "-1", paths[2]) == 0
+    rows = [[json.loads(text) for text in Path(path).read_text().splitlines()] for path in paths]
+    assert [row["name"] for row in rows[0] + rows[1]] == names == [row["name"] for row in rows[2]]
+    assert rows[0][1]["problem"] == "RuntimeError: unspecified launch failure" and rows[1][0]["note"] == "done"
+    assert {row["problem"] for row in rows[2]} == {"out of time"}
+
+
+def test_a_small_case_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, in bfloat16."""
+    monkeypatch.setattr(gpu_train, "ROUNDS", 1)
+    monkeypatch.setattr(gpu_train, "STEPS", 1)
+    rows: list[dict[str, Any]] = []
+    cases = [gpu_train.TrainCase("digits-llamagen", 4, compile=False, recompute=True)]
+    gpu_train.report_from(cases, CEILINGS, CPU, time.monotonic() + 60, rows.append)
+    assert rows[0]["name"] == "train digits-llamagen batch 4 eager recompute" and rows[0]["precision"] == "bfloat16"
+    assert rows[0]["share_of_matmul_peak"] == pytest.approx(
+        rows[0]["mfu"] * rows[0]["peak_tflop_per_s"] * 1e12 / CEILINGS.bf16_flop_per_s
+    )
+    assert "x bare products" in gpu_train.line(rows[0])
 
 
 # Layers

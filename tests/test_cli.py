@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ from tiny import random_weights, tiny_bundle
 
 from ddfast.cli import build_parser, main
 from ddfast.flow import make_solver
-from ddfast.models import TEACHERS
-from ddfast.models.checkpoints import expected_shapes, load_bundle
+from ddfast.models import STUDENTS, TEACHERS
+from ddfast.models.checkpoints import expected_shapes, load_bundle, read_extra
 from ddfast.models.llamagen import LlamaGenConfig, LlamaGenTransformer
+from ddfast.models.llamagen_student import LlamaGenStudentConfig
 from ddfast.models.zoo import TOKENIZERS
 from ddfast.pairs import PairDataset
 
@@ -189,6 +191,42 @@ def test_convert_recognises_a_released_file(tmp_path: Path, capsys: pytest.Captu
     assert "unexpected" in wrong and "missing" in wrong
 
 
+@pytest.mark.parametrize(("options", "copy"), [([], "ema"), (["--copy", "raw"], "raw")])
+def test_convert_takes_the_copy_of_a_student_that_is_asked_for(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    copy: str,
+) -> None:
+    config = LlamaGenStudentConfig(1, 1, 8, 9, 24, 5, multiple_of=8, codebook_dim=4)
+    entry = replace(STUDENTS["llamagen-dd-b"], name="tiny-dd", config=config)
+    monkeypatch.setitem(STUDENTS, entry.name, entry)
+    shapes = expected_shapes(entry.kind, config)
+    source, out = tmp_path / "weights.pt", tmp_path / "student.safetensors"
+    held = {key: {k: torch.full(s, value) for k, s in shapes.items()} for key, value in (("ema", 1.0), ("model", 2.0))}
+    torch.save(held, source)
+    assert main(["convert", str(source), "--out", str(out), *options]) == 0
+    name, parts = load_bundle(out)
+    assert (name, list(parts), parts["student"].config) == ("tiny-dd", ["student"], config)
+    assert parts["student"].tensors["norm.weight"].unique().item() == {"ema": 1.0, "raw": 2.0}[copy]
+    assert read_extra(out) == {"copy": copy}
+    other, key = ("raw", "ema") if copy == "ema" else ("ema", "model")
+    torch.save({key: held[key]}, source)
+    capsys.readouterr()
+    said = refused(capsys, "convert", str(source), "--copy", other, "--out", str(tmp_path / "b.safetensors"))
+    assert f"holds no {other} copy of the weights, only {copy}" in said and f"--copy {copy}" in said
+
+
+def test_convert_refuses_a_copy_of_what_has_but_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = TOKENIZERS["llamagen-vq-16"]
+    source = tmp_path / entry.file
+    shapes = expected_shapes(entry.kind, entry.config)
+    torch.save({"model": {k: torch.zeros(1).expand(s) for k, s in shapes.items()}}, source)
+    said = refused(capsys, "convert", str(source), "--copy", "ema", "--out", str(tmp_path / "b.safetensors"))
+    assert "--copy ema is for students, and this is llamagen-vq-16" in said
+
+
 def test_convert_asks_where_two_models_share_their_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = BY_FILE["c2i_B_256.pt"]
     assert entry.kind is not None
@@ -211,10 +249,14 @@ def test_info_lists_the_zoo(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("DDFAST_WEIGHTS", str(tmp_path))
     (tmp_path / "var_d16.pth").touch()
+    (tmp_path / "var-d20.pth").touch()
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for name in (*TEACHERS, *TOKENIZERS):
+    for name in (*TEACHERS, *TOKENIZERS, *STUDENTS):
         assert name in out
+    assert re.search(r"var-dd-d16 +var-d16 +328.2 M +680 in 10 +0,5 +5 *\n", out)
+    assert re.search(r"llamagen-dd-l +llamagen-l-256 +326.2 M +256 in 256 +0,80 +130 *\n", out)
+    assert re.search(rf"var-dd-d20 +var-d20.pth +{tmp_path}", out) and "microsoft/distilled_decoding on" in out
     assert str(tmp_path) in out and "FoundationVision/var on" in out
     assert "680 in 10" in out and "2240 in 10" in out and "576 in 576" in out
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from ..errors import UserError
-from . import convert, digits, info, pairs
+from ..errors import UserError, WorkError
+from . import convert, digits, info, pairs, train
 
 EPILOG = """\
 try it now, on a laptop, without downloads:
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ddfast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (info, pairs, convert, digits):
+    for command in (info, pairs, train, convert, digits):
         command.add_parser(commands)
     parser.set_defaults(func=None)
     return parser
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.func(args))
     except UserError as error:
         return fail(str(error), 2)
+    except WorkError as error:
+        return fail(str(error), 1)
     except OSError as error:
         return fail(f"{error.strerror or error} ({error.filename or 'no file named'})", 1)
     except KeyboardInterrupt:

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..models.checkpoints import make_part, read_tensors, save_bundle
-from ..models.zoo import identify, is_bundle, models
+from ..models.checkpoints import PLACES, make_part, read_copies, require_copy, save_bundle
+from ..models.zoo import STUDENTS, identify, is_bundle, models
 
 DESCRIPTION = """\
 Convert a released .pth, .pt or .safetensors checkpoint to safetensors with its configuration in the metadata.
 
 The model is recognised by the names and shapes of its weights, all of which must fit. Sizes that share every shape
-(LlamaGen's 256 and 384 pixel versions) are told apart with --model."""
+(LlamaGen's 256 and 384 pixel versions) are told apart with --model. Of a student's two copies, the moving average of
+its weights is taken, or with --copy raw the weights themselves."""
 
 EPILOG = """\
 examples:
   ddfast convert var_d16.pth --out var-d16.safetensors
   ddfast convert c2i_B_384.pt --model llamagen-b-384 --out llamagen-b-384.safetensors
+  ddfast convert var-d16.pth --out var-dd-d16.safetensors
 """
 
 
@@ -34,6 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("file", type=Path, help="the checkpoint, as released")
     parser.add_argument("--out", type=Path, required=True, help="the file to write, NAME.safetensors")
     parser.add_argument("--model", metavar="NAME", help="which model it is, where the shapes leave a choice")
+    parser.add_argument("--copy", choices=tuple(PLACES), help="which copy of a student's weights (default: ema)")
     parser.add_argument("--force", action="store_true", help="replace an existing --out")
     parser.set_defaults(func=run)
 
@@ -46,14 +49,18 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{out} exists; choose another --out, or pass --force to replace it")
     if args.file.exists() and is_bundle(args.file):
         raise UserError(f"{args.file} is a ddfast file already")
-    tensors = read_tensors(args.file)
-    name = args.model or recognise(args.file, {k: tuple(t.shape) for k, t in tensors.items()})
+    copies = read_copies(args.file)
+    name = args.model or recognise(args.file, {k: tuple(t.shape) for k, t in next(iter(copies.values())).items()})
     if name not in models():
         raise UserError(f"--model {name} is not known; use one of {', '.join(models())}")
     kind, config = models()[name]
-    part = make_part(kind, config, tensors, str(args.file))
-    label = "transformer" if kind.endswith("transformer") else "tokenizer"
-    save_bundle(out, name, {label: part})
+    if args.copy and name not in STUDENTS:
+        raise UserError(f"--copy {args.copy} is for students, and this is {name}; drop it")
+    copy = (args.copy or "ema") if name in STUDENTS else "raw"
+    require_copy(copies, copy, args.file)
+    part = make_part(kind, config, copies[copy], str(args.file))
+    label = kind.rpartition("-")[2]  # transformer, tokenizer or student
+    save_bundle(out, name, {label: part}, {"copy": copy} if name in STUDENTS else None)
     print(f"{out}: {name}, {len(part.tensors)} tensors, sha256 {part.sha256[:16]}…")
     return 0
 

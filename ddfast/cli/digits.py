@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..digits.train import CLASSIFIER, NAMES, Report, measure_files, train_digits, write_report
+from ..digits.train import CLASSIFIER, NAMES, Report, measure_files, measure_students, train_digits, write_report
+from ..files import write_atomic
 from ..models.zoo import BUNDLED
 
 DESCRIPTION = """\
@@ -26,6 +28,7 @@ examples:
   ddfast digits train --out digits/ --only var --seed 1
   ddfast digits eval                        # the weights that ship with ddfast
   ddfast digits eval digits/
+  ddfast digits eval --student runs/digits-var   # what `ddfast train` made, beside the teacher
   ddfast pairs --teacher digits/digits-var.safetensors --num 2000 --out pairs/
 """
 ONLY = {name.removeprefix("digits-"): name for name in NAMES}
@@ -49,6 +52,14 @@ def add_parser(commands: Any) -> None:
     evaluate = actions.add_parser("eval", help="measure the weights: accuracy, Frechet distance, PSNR")
     evaluate.add_argument("folder", type=Path, nargs="?", default=BUNDLED, help="default: ddfast's own weights")
     evaluate.add_argument("--only", choices=list(ONLY), help="measure one file (default: all three)")
+    evaluate.add_argument(
+        "--student",
+        type=Path,
+        action="append",
+        metavar="RUN",
+        help="a student, measured beside its teacher; may be repeated",
+    )
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     evaluate.set_defaults(func=eval_command)
 
 
@@ -72,8 +83,10 @@ def train_command(args: argparse.Namespace) -> int:
 
 def eval_command(args: argparse.Namespace) -> int:
     with Console(stderr=True).status("measuring"):
-        report = measure_files(args.folder, chosen(args.only))
+        report = measure_students(args.student) if args.student else measure_files(args.folder, chosen(args.only))
     print_report(report)
+    if args.json is not None:
+        write_atomic(args.json, (json.dumps(report, indent=2) + "\n").encode())
     return 0
 
 
@@ -103,13 +116,21 @@ def progress_bar(console: Console) -> Progress:
 
 
 def print_report(report: Report) -> None:
-    """The figures as a table, one row a measurement."""
-    table = Table("model", "what", "value", title="digits (5,000 samples a row; FD: Frechet distance to the real data)")
+    """The figures as a table, one row a way of sampling; the two that are of one model alone below it."""
+    title = "digits, 5,000 samples a row; FD: Frechet distance to the real data, FD_T: to the teacher's samples"
+    table = Table("model", "sampled by", "accuracy", "FD", "FD_T", title=title)
+    lines = []
     for name, entry in report.items():
         if name == CLASSIFIER:
-            table.add_row(name, "test accuracy", f"{entry['test_accuracy']:.4f}")
-            continue
-        table.add_row(name, "tokenizer PSNR on the test digits", f"{entry['tokenizer_test_psnr_db']:.2f} dB")
-        for way in ("teacher", "flow map"):
-            table.add_row(name, f"{way}: accuracy, FD", f"{entry[way]['accuracy']:.4f}, {entry[way]['fd']:.3f}")
-    Console().print(table)
+            lines.append(f"{name}: test accuracy {entry['test_accuracy']:.4f}")
+        if "tokenizer_test_psnr_db" in entry:
+            lines.append(f"{name}: tokenizer PSNR on the test digits {entry['tokenizer_test_psnr_db']:.2f} dB")
+        for way, figures in entry.items():
+            if isinstance(figures, dict):
+                far = figures.get("fd_teacher")
+                shown = "-" if far is None else f"{far:.3f}"
+                table.add_row(name, way, f"{figures['accuracy']:.4f}", f"{figures['fd']:.3f}", shown)
+    if table.rows:
+        Console().print(table)
+    for line in lines:
+        print(line)

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, cast
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from .. import __version__, _native
+from ..models.checkpoints import KINDS
+from ..models.student import Student
 from ..models.zoo import (
+    STUDENTS,
     TEACHERS,
     TOKENIZERS,
     WEIGHTS_VARIABLE,
+    ZooEntry,
+    ZooStudent,
     ZooTeacher,
-    ZooTokenizer,
     blueprint,
     find_weights,
     weight_folders,
 )
 
 DESCRIPTION = f"""\
-List every teacher and tokenizer that ddfast knows, their sizes and groups, and whether their weights are at hand.
+List every teacher, student and tokenizer that ddfast knows, their sizes and groups, and whether their weights are at
+hand.
 
 Weights are looked for under their released names (or NAME.safetensors) in the folders of ${WEIGHTS_VARIABLE},
 in ./weights and in ~/.cache/ddfast."""
@@ -31,7 +37,7 @@ in ./weights and in ~/.cache/ddfast."""
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
-        help="list the known teachers and which weights are found",
+        help="list the known teachers and students and which weights are found",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,16 +49,19 @@ def run(args: argparse.Namespace) -> int:
     teachers = table("Teachers", "name", "family", "size", "tokens", "codebook", "image")
     for entry in TEACHERS.values():
         teachers.add_row(entry.name, entry.family, *facts(entry))
+    students = table("Students", "name", "teacher", "size", "tokens", "timesteps", "split")
+    for student in STUDENTS.values():
+        students.add_row(student.name, student.teacher, *student_facts(student))
     weights = table("Weights", "of", "file", "found in")
-    everything: list[ZooTeacher | ZooTokenizer] = [*TEACHERS.values(), *TOKENIZERS.values()]
+    everything: list[ZooEntry] = [*TEACHERS.values(), *STUDENTS.values(), *TOKENIZERS.values()]
     for item in everything:
         weights.add_row(item.name, item.file, where(item))
-    console.print(teachers, weights)
+    console.print(teachers, students, weights)
     console.print("Presets: paper and release; the digits teachers have release alone", highlight=False)
     console.print("Looked for in " + ", ".join(str(f) for f in weight_folders()), soft_wrap=True)
     origins = sorted({item.origin for item in everything if find_weights(item) is None})
     if origins:
-        console.print("What is missing comes from " + " and ".join(origins), soft_wrap=True)
+        console.print("What is missing comes from " + ", ".join(origins), soft_wrap=True)
     built = "C++ and CUDA" if _native.cuda_built() else "C++" if _native.available() else "none; torch code is used"
     console.print(f"ddfast {__version__}, compiled code: {built}", highlight=False)
     return 0
@@ -75,6 +84,14 @@ def facts(entry: ZooTeacher) -> tuple[str, str, str, str]:
     return readable(count), groups(teacher.groups), sizes, f"{teacher.image_size} px"
 
 
+def student_facts(entry: ZooStudent) -> tuple[str, str, str, str]:
+    """Parameters, groups, and the published timesteps and split."""
+    with torch.device("meta"):
+        student = cast(Student, KINDS[entry.kind][1](entry.config))
+    count = sum(p.numel() for p in student.parameters())
+    return readable(count), groups(student.groups), ",".join(map(str, entry.timesteps)), str(entry.split)
+
+
 def readable(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
@@ -84,7 +101,7 @@ def groups(sizes: tuple[int, ...]) -> str:
     return f"{sum(sizes)} in {len(sizes)}"
 
 
-def where(entry: ZooTeacher | ZooTokenizer) -> str:
+def where(entry: ZooEntry) -> str:
     path = find_weights(entry)
     if path is None:
         return "-"

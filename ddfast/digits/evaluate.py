@@ -1,8 +1,8 @@
-"""Measuring a digits teacher: draw samples in one of two ways, compare them with the real data."""
+"""Measuring a digits teacher or student: draw samples, compare them with the real data and with the teacher's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -14,7 +14,9 @@ from ddfast.digits.classifier import DigitsClassifier, extract
 from ddfast.digits.metrics import FeatureStatistics, accuracy, feature_statistics, frechet_distance
 from ddfast.flow import filter_logits, make_solver
 from ddfast.models import Sampling, Teacher
+from ddfast.models.distilled import Distilled
 from ddfast.pairs import decode
+from ddfast.sampling import few_step
 
 SAMPLES = 5000
 BATCH = 500
@@ -23,18 +25,25 @@ SEED = 1
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures of a set of samples: the share the classifier assigns to the class asked for, and FD to the real data."""
+    """Figures of a set of samples.
+
+    Attributes:
+        accuracy: the share that the classifier assigns to the class asked for.
+        fd: Frechet distance to the real data.
+        fd_teacher: the same to the teacher's ordinary samples; None for those themselves.
+    """
 
     accuracy: float
     fd: float
+    fd_teacher: float | None = None
 
     def to_dict(self) -> dict[str, float]:
-        """JSON-able."""
-        return asdict(self)
+        """JSON-able, without what is None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 Draw = Callable[[Tensor, int], Tensor]
-"""``draw(labels [B], first) -> tokens [B, L]``; ``first`` is the index of the batch's first sample."""
+"""``draw(labels [B], first) -> images [B, 3, H, W]``; ``first`` is the index of the batch's first sample."""
 
 
 @torch.inference_mode()
@@ -55,33 +64,60 @@ def multinomial(teacher: Teacher, labels: Tensor, sampling: Sampling, generator:
 
 def flow_map(teacher: Teacher, labels: Tensor, first: int, sampling: Sampling, seed: int) -> Tensor:
     """The same distribution through the flow (Alg. 1), noise by seed and sample index. Returns tokens [B, L]."""
-    pairs = torch.arange(first, first + len(labels))
-    noise = ops.normal_noise(seed, pairs, 0, teacher.num_tokens, teacher.codebook.shape[1])
+    noise = sample_noise(seed, labels, first, teacher.num_tokens, teacher.codebook.shape[1])
     return decode(teacher, labels, noise, sampling, make_solver())
 
 
+def sample_noise(seed: int, labels: Tensor, first: int, length: int, channels: int) -> Tensor:
+    """Noise [B, length, channels] of the samples ``first`` and following, the same for teacher and student."""
+    return ops.normal_noise(seed, torch.arange(first, first + len(labels)), 0, length, channels)
+
+
 def measure(
-    teacher: Teacher, draw: Draw, classifier: DigitsClassifier, reference: FeatureStatistics, samples: int = SAMPLES
-) -> Quality:
-    """Draw ``samples`` images, classes in turn, and measure them against ``reference``."""
-    labels = torch.arange(samples) % teacher.num_classes
+    draw: Draw, classes: int, classifier: DigitsClassifier, reference: FeatureStatistics, samples: int = SAMPLES
+) -> tuple[Quality, FeatureStatistics]:
+    """Draw ``samples`` images, classes in turn: their quality against ``reference``, and their statistics."""
+    labels = torch.arange(samples) % classes
     features, logits = [], []
     for part in torch.arange(samples).split(BATCH):
-        tokens = draw(labels[part], int(part[0]))
-        out = extract(classifier, teacher.images(tokens)[:, :1])
+        out = extract(classifier, draw(labels[part], int(part[0]))[:, :1])
         features.append(out[0])
         logits.append(out[1])
-    fd = frechet_distance(feature_statistics(torch.cat(features)), reference)
-    return Quality(accuracy(torch.cat(logits), labels), fd)
+    own = feature_statistics(torch.cat(features))
+    return Quality(accuracy(torch.cat(logits), labels), frechet_distance(own, reference)), own
 
 
 def measure_teacher(
-    teacher: Teacher, classifier: DigitsClassifier, reference: FeatureStatistics, seed: int = SEED
+    teacher: Teacher,
+    classifier: DigitsClassifier,
+    reference: FeatureStatistics,
+    students: Mapping[str, Distilled] | None = None,
+    seed: int = SEED,
 ) -> dict[str, Quality]:
-    """The teacher at its default preset, by ordinary sampling (``teacher``) and through the flow (``flow map``)."""
+    """The teacher at its default preset, by ordinary sampling (``teacher``) and through the flow (``flow map``), then
+    each student by name, in one step and in the steps it was trained for, from the noise that the flow map started at.
+    """
     sampling, generator = teacher.preset(), torch.Generator().manual_seed(seed)
     ways: dict[str, Draw] = {
-        "teacher": lambda labels, _first: multinomial(teacher, labels, sampling, generator),
-        "flow map": partial(flow_map, teacher, sampling=sampling, seed=seed),
+        "teacher": lambda labels, _first: teacher.images(multinomial(teacher, labels, sampling, generator)),
+        "flow map": lambda labels, first: teacher.images(flow_map(teacher, labels, first, sampling, seed)),
     }
-    return {name: measure(teacher, draw, classifier, reference) for name, draw in ways.items()}
+    for name, model in (students or {}).items():
+        for steps in sorted({1, len(model.timesteps)}):
+            ways[f"{name}, {steps} step{'s' * (steps > 1)}"] = partial(draw_student, model, steps, seed)
+    found: dict[str, Quality] = {}
+    theirs: FeatureStatistics | None = None
+    for name, draw in ways.items():
+        quality, own = measure(draw, teacher.num_classes, classifier, reference)
+        theirs = theirs or own
+        far = None if own is theirs else frechet_distance(own, theirs)
+        found[name] = Quality(quality.accuracy, quality.fd, far)
+    return found
+
+
+def draw_student(model: Distilled, steps: int, seed: int, labels: Tensor, first: int) -> Tensor:
+    """A student's images of the samples ``first`` and following, in its first ``steps`` timesteps."""
+    student = model.student
+    noise = sample_noise(seed, labels, first, student.num_tokens, student.channels)
+    x = few_step(student, labels, noise, model.codebook, model.timesteps[:steps], model.split)
+    return model.images(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from ddfast.errors import UserError
 from ddfast.files import write_atomic
 from ddfast.models.checkpoints import Part, load_bundle, make_part, save_bundle
 from ddfast.models.digits import DigitsTokenizer
-from ddfast.models.zoo import BUNDLED, TEACHERS, assemble
+from ddfast.models.distilled import Distilled, load_student
+from ddfast.models.zoo import BUNDLED, TEACHERS, assemble, load_teacher
 
 REPORT_FILE = "digits-report.json"
 CLASSIFIER = "classifier"
@@ -88,6 +90,27 @@ def measure_files(folder: Path, names: tuple[str, ...]) -> Report:
             report[name] = {"test_accuracy": classifier_accuracy(classifier, test)}
         else:
             report[name] = measure_bundle(folder / f"{name}.safetensors", classifier, reference, test)
+    return report
+
+
+def measure_students(folders: Sequence[Path]) -> Report:
+    """Students of a digits teacher, such as the folders of training runs, beside that teacher: one entry a teacher.
+
+    Raises UserError for a student of another teacher.
+    """
+    classifier, reference = load_classifier(BUNDLED / CLASSIFIER_FILE)
+    students: dict[str, dict[str, Distilled]] = {}
+    for folder in folders:
+        model = load_student(folder)
+        if model.teacher not in RECIPES:
+            raise UserError(
+                f"{folder} is a student of {model.teacher or 'nobody known'}, not of {' or '.join(RECIPES)}"
+            )
+        students.setdefault(model.teacher, {})[str(folder)] = model
+    report: Report = {}
+    for name, models in students.items():
+        found = measure_teacher(load_teacher(name), classifier, reference, models)
+        report[name] = {"samples": SAMPLES} | {way: quality.to_dict() for way, quality in found.items()}
     return report
 
 

@@ -37,10 +37,15 @@ def masked(mask_LL: Tensor) -> Attend:
     return lambda q, k, v, scale: F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LL, scale=scale)
 
 
+def levels(groups: tuple[int, ...], device: torch.device) -> Tensor:
+    """The group of every position: int64 [L]."""
+    index, sizes = torch.arange(len(groups), device=device), torch.tensor(groups, device="cpu")
+    return torch.repeat_interleave(index, sizes.to(device, non_blocking=True), output_size=sum(groups))
+
+
 def group_mask(groups: tuple[int, ...], device: torch.device) -> Tensor:
     """The student's rule as bool [L, L]: strictly earlier groups, and the position itself."""
-    sizes = torch.tensor(groups, device=device)
-    level = torch.repeat_interleave(torch.arange(len(groups), device=device), sizes)
+    level = levels(groups, device)
     return (level[:, None] > level[None, :]) | torch.eye(len(level), dtype=torch.bool, device=device)
 
 
@@ -55,11 +60,14 @@ def grouped(groups: tuple[int, ...], device: torch.device) -> Attend:
 
 @cache
 def _dense(groups: tuple[int, ...], device: torch.device) -> Attend:
-    mask = group_mask(groups, device)
+    """In plain products: the fused attention's gradient takes ten times as long on short rows."""
+    hidden = torch.zeros(sum(groups), sum(groups), device=device)
+    hidden.masked_fill_(~group_mask(groups, device), float("-inf"))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # fused: ten times slower backwards
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        flat = [t.to(v.dtype).flatten(0, 1) for t in (q, k)]
+        scores = torch.baddbmm(hidden.to(v.dtype), flat[0], flat[1].mT, alpha=scale)
+        return (scores.softmax(-1) @ v.flatten(0, 1)).view(v.shape)
 
     return attend
 
@@ -69,18 +77,18 @@ def _flex(groups: tuple[int, ...], device: torch.device) -> Attend:
     """FlexAttention, which skips blocks that nobody sees; it runs compiled only."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    sizes = torch.tensor(groups, device=device)
-    level = torch.repeat_interleave(torch.arange(len(groups), device=device), sizes)
-
-    def rule(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (level[query] > level[key]) | (query == key)
-
     length = sum(groups)
-    blocks = create_block_mask(rule, None, None, length, length, device=str(device))
+    with torch.inference_mode(False):  # these tensors outlive this call, and gradients need them
+        level = levels(groups, device)
+
+        def rule(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (level[query] > level[key]) | (query == key)
+
+        blocks = create_block_mask(rule, None, None, length, length, device=str(device))
     run: Any = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return run(q, k, v, block_mask=blocks, scale=scale)
+        return run(q.to(v.dtype), k.to(v.dtype), v, block_mask=blocks, scale=scale)
 
     return attend
 

@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..flow.filters import LogitFilter
 from ..kv_cache import KVCache
 from .linear import check_precision
+from .student import Student
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,13 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def cache_bytes(self, guided: bool) -> int:
         """Bytes of KV cache for one image."""
+
+    @abstractmethod
+    def new_student(self, generator: torch.Generator | None = None, layerwise: bool = True) -> Student:
+        """A student in float32 that starts from this teacher, on its device.
+
+        ``layerwise`` gives every block its own map of the noise/data embedding, where the family has one.
+        """
 
     def preset(self, name: str | None = None) -> Sampling:
         """A named sampling setting; the teacher's default for None. UserError lists the names."""

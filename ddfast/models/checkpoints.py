@@ -1,8 +1,9 @@
 """Reading released checkpoints strictly, and ddfast's own safetensors bundles.
 
-A bundle is one safetensors file with one or more *parts* (``transformer``, ``tokenizer``); its tensors are named
-``part.key``. The metadata entry ``ddfast`` is a JSON object: ``format``, ``name``, and for each part its ``kind``,
-``config`` and ``sha256`` (see :func:`content_hash`), so that a damaged file is noticed on loading.
+A bundle is one safetensors file with one or more *parts* (``transformer``, ``student``, ``tokenizer``); its tensors are
+named ``part.key``. The metadata entry ``ddfast`` is a JSON object: ``format``, ``name``, for each part its ``kind``,
+``config`` and ``sha256`` (see :func:`content_hash`), so that a damaged file is noticed on loading, and ``extra`` where
+the file says more than its parts.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import writing
+from ..tensors import write_tensors
 from .digits import DigitsTokenizer, DigitsTokenizerConfig
 from .llamagen import LlamaGenConfig, LlamaGenTransformer
 from .llamagen_student import LlamaGenStudent, LlamaGenStudentConfig
@@ -35,7 +36,10 @@ from .var_student import VARStudent, VARStudentConfig
 from .var_vqvae import VARTokenizer, VARTokenizerConfig
 
 FORMAT = 1
-CONTAINERS = ("model", "module", "state_dict")  # where official scripts look for the weights, in their order
+PLACES: dict[str, tuple[tuple[str, ...], ...]] = {  # where official scripts look for each copy, in their order
+    "raw": (("model",), ("module",), ("state_dict",), ("trainer", "var_wo_ddp"), ()),  # () is the file itself
+    "ema": (("trainer", "ema_parameters"), ("ema",)),
+}
 KINDS: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "var-transformer": (VARConfig, VARTransformer),
     "var-tokenizer": (VARTokenizerConfig, VARTokenizer),
@@ -131,26 +135,54 @@ def shortened(lines: list[str], limit: int = 8) -> list[str]:
     return lines if len(lines) <= limit else [*lines[:limit], f"… and {len(lines) - limit} more"]
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict of a released .pth/.pt/.safetensors file, memory-mapped, its container opened.
+def read_tensors(path: Path, copy: str = "raw") -> dict[str, Tensor]:
+    """One of :func:`read_copies`; UserError where the file does not hold it."""
+    copies = read_copies(path)
+    require_copy(copies, copy, path)
+    return copies[copy]
+
+
+def read_copies(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a released .pth/.pt/.safetensors file, memory-mapped, by copy: "raw" is what was trained,
+    "ema" its moving average, which students' files hold.
 
     Raises UserError when the file is missing, damaged, or holds no state dict.
     """
     require_file(path)
     if path.suffix == ".safetensors":
-        return read_safetensors(path)[1]
+        return {"raw": read_safetensors(path)[1]}
     try:
         loaded = load_pickle(path)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} cannot be read as a PyTorch checkpoint; is it complete? ({reason})") from error
-    for key in CONTAINERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise UserError(f"{path} holds no state dict, neither itself nor under {', '.join(CONTAINERS)}")
-    return loaded
+    copies = {}
+    for copy, places in PLACES.items():
+        found = next((inside for place in places if (inside := _inside(loaded, place)) is not None), None)
+        if found and all(isinstance(v, Tensor) for v in found.values()):
+            copies[copy] = found
+    if not copies:
+        named = ", ".join(".".join(place) for places in PLACES.values() for place in places if place)
+        raise UserError(f"{path} holds no state dict, neither itself nor under {named}")
+    return copies
+
+
+def _inside(loaded: Any, place: tuple[str, ...]) -> dict[str, Any] | None:
+    """The dictionary under these keys, or None."""
+    for key in place:
+        loaded = loaded.get(key) if isinstance(loaded, dict) else None
+    return loaded if isinstance(loaded, dict) else None
+
+
+def require_copy(held: Iterable[str], copy: str, path: Path) -> None:
+    """Raise UserError unless ``copy`` is one that ``path`` holds."""
+    if copy not in PLACES:
+        raise UserError(f"copy is {copy!r}; use one of {', '.join(PLACES)}")
+    if copy not in held:
+        have = " and ".join(held)
+        raise UserError(
+            f"{path} holds no {copy} copy of the weights, only {have}; a student is read with --copy {have}"
+        )
 
 
 def load_pickle(path: Path) -> Any:
@@ -195,32 +227,60 @@ def config_from_json(kind: str, values: Mapping[str, Any]) -> Any:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def save_bundle(path: str | os.PathLike[str], name: str, parts: Mapping[str, Part]) -> None:
-    """Write a bundle atomically: it appears complete under ``path`` or not at all."""
+def save_bundle(
+    path: str | os.PathLike[str], name: str, parts: Mapping[str, Part], extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write a bundle atomically: it appears complete under ``path`` or not at all.
+
+    ``extra`` is what else the file says, as JSON: see :func:`read_extra`.
+    """
     described = {
         label: {"kind": p.kind, "config": config_to_json(p.config), "sha256": p.sha256} for label, p in parts.items()
     }
-    header = json.dumps({"format": FORMAT, "name": name, "parts": described}, sort_keys=True)
-    tensors = {f"{label}.{key}": t.contiguous() for label, p in parts.items() for key, t in p.tensors.items()}
-    write_atomic(Path(path), save(tensors, {"ddfast": header}))
-
-
-def load_bundle(path: str | os.PathLike[str]) -> tuple[str, dict[str, Part]]:
-    """Read a bundle: (name, parts). UserError when it is damaged, altered or not a bundle."""
+    header: dict[str, Any] = {"format": FORMAT, "name": name, "parts": described}
+    if extra is not None:
+        header["extra"] = dict(extra)
+    tensors = {f"{label}.{key}": t for label, p in parts.items() for key, t in p.tensors.items()}
     path = Path(path)
-    metadata, tensors = read_safetensors(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, os.replace) as file:
+        write_tensors(file, tensors, json.dumps(header, sort_keys=True))
+
+
+def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a bundle says besides its parts: the ``extra`` of :func:`save_bundle`, empty if there was none."""
+    extra = _header(Path(path), read_safetensors(Path(path))[0]).get("extra", {})
+    if not isinstance(extra, dict):
+        raise UserError(f"{path} has a damaged header (extra is {extra!r}); convert or copy it again")
+    return extra
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON object that makes a safetensors file a bundle; UserError where it is missing, damaged or of another
+    format."""
     if "ddfast" not in metadata:
         raise UserError(f"{path} is no ddfast bundle; make one with `ddfast convert {path} --out NEW.safetensors`")
     try:
         header = json.loads(metadata["ddfast"])
         if header["format"] != FORMAT:
             raise UserError(f"{path} has bundle format {header['format']}; this version of ddfast reads {FORMAT}")
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} has a damaged header ({error!r}); convert or copy it again") from error
+    return dict(header)
+
+
+def load_bundle(path: str | os.PathLike[str]) -> tuple[str, dict[str, Part]]:
+    """Read a bundle: (name, parts). UserError when it is damaged, altered or not a bundle."""
+    path = Path(path)
+    metadata, tensors = read_safetensors(path)
+    header = _header(path, metadata)
+    try:
         name = str(header["name"])
         described = {
             label: (p["kind"], config_from_json(p["kind"], p["config"]), p["sha256"])
             for label, p in header["parts"].items()
         }
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} has a damaged header ({error!r}); convert or copy it again") from error
     parts = {}
     for label, (kind, config, sha256) in described.items():

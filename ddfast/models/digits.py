@@ -127,6 +127,11 @@ class DigitsTokenizer(nn.Module):
         """Embeddings [B, L, C] (codebook rows or continuous ones) to images [B, 3, H, W] in [0, 1]."""
         return self.decode_latent(self.quantize.f_hat_from_embeddings(x_BLC))
 
+    def decode_continuous(self, x_BLC: Tensor) -> Tensor:
+        """Embeddings [B, L, C] to images [B, 3, H, W], nominally in [0, 1], not clamped: every pixel has a gradient."""
+        raw = self.decode_raw(self.quantize.f_hat_from_embeddings(x_BLC))
+        return raw.add(1).mul(0.5).expand(-1, 3, -1, -1)
+
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, L] to images [B, 3, H, W] in [0, 1]."""
         return self.decode_latent(self.quantize.f_hat(tokens))

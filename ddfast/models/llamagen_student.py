@@ -27,6 +27,7 @@ class LlamaGenStudent(Student, LlamaGenTransformer):  # type: ignore[misc]  # fo
     The vocabulary head reads the stream behind the last norm, the embedding head before it.
     """
 
+    kind = "llamagen-student"
     tok_embeddings: nn.Linear  # type: ignore[assignment]
 
     def __init__(self, config: LlamaGenStudentConfig) -> None:

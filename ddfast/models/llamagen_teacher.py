@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
@@ -19,6 +19,7 @@ from ..kv_cache import KVCache
 from .base import DecodeState, Sampling, Teacher, Tokenizer
 from .linear import make_linear
 from .llamagen import Block, LlamaGenTransformer, rope_2d
+from .llamagen_student import LlamaGenStudent, LlamaGenStudentConfig
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -109,6 +110,13 @@ class LlamaGenTeacher(Teacher):
         c = self.transformer.config
         per_row = 2 * c.n_layer * c.kv_heads * c.head_dim * c.block_size * self.dtype.itemsize
         return per_row * (2 if guided else 1)
+
+    def new_student(self, generator: torch.Generator | None = None, layerwise: bool = True) -> LlamaGenStudent:
+        config = LlamaGenStudentConfig(**asdict(self.transformer.config), codebook_dim=self.codebook.shape[1])
+        student = LlamaGenStudent(config)
+        student.init_weights(generator)
+        student.init_with_teacher(self.transformer, self.codebook, generator)
+        return student.to(self.device)
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.transformer.layers))

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +46,13 @@ class Student(nn.Module, ABC):
 
     Attributes:
         groups: tokens in each group; they sum to L.
+        kind, settings: its kind in ``checkpoints.KINDS``, and its config.
         num_classes, vocab_size, channels: number of labels, V and C.
         recompute: forget the blocks' activations in training and compute them again for the gradient.
     """
 
+    kind: str
+    settings: Any
     groups: tuple[int, ...]
     num_classes: int
     vocab_size: int
@@ -112,7 +116,7 @@ class Student(nn.Module, ABC):
 
     def known(self, t: int | Tensor, device: torch.device) -> Tensor:
         """Which positions hold data at timestep ``t`` (an int, or int64 [B]): int64 [1 or B, 1 + L]."""
-        starts = torch.tensor(self.starts(), device=device)
+        starts = torch.tensor(self.starts(), device="cpu").to(device, non_blocking=True)
         first_noise = starts[t].reshape(-1, 1)
         return (torch.arange(-1, self.num_tokens, device=device) < first_noise).long()
 

@@ -31,6 +31,8 @@ class VARStudentConfig(VARConfig):
 class VARStudent(Student, VARTransformer):  # type: ignore[misc]  # forward is the student's
     """Noise or codebook rows to tokens; released as ``DD_Model``, whose keys it has."""
 
+    kind = "var-student"
+
     def __init__(self, config: VARStudentConfig) -> None:
         super().__init__(config.internal())
         self.settings = config

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol, cast
 
 import torch
@@ -22,6 +22,7 @@ from .base import DecodeState, Sampling, Teacher, Tokenizer
 from .linear import make_linear
 from .quantizer import MultiScaleQuantizer
 from .var import Block, VARTransformer
+from .var_student import VARStudent, VARStudentConfig
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -166,6 +167,12 @@ class VARTeacher(Teacher):
     def cache_bytes(self, guided: bool) -> int:
         c = self.transformer.config
         return 2 * c.depth * c.embed_dim * self.num_tokens * self.dtype.itemsize * (2 if guided else 1)
+
+    def new_student(self, generator: torch.Generator | None = None, layerwise: bool = True) -> VARStudent:
+        student = VARStudent(VARStudentConfig(**asdict(self.transformer.config), layerwise=layerwise))
+        student.init_weights(generator)
+        student.init_with_teacher(self.transformer, generator=generator)
+        return student.to(self.device)
 
     def _blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.transformer.blocks))

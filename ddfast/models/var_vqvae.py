@@ -79,6 +79,10 @@ class VARTokenizer(nn.Module):
         """Embeddings [B, L, C] (codebook rows or continuous ones) to images [B, 3, H, W] in [0, 1]."""
         return self.decode_latent(self.quantize.f_hat_from_embeddings(x_BLC))
 
+    def decode_continuous(self, x_BLC: Tensor) -> Tensor:
+        """Embeddings [B, L, C] to images [B, 3, H, W], nominally in [0, 1], not clamped: every pixel has a gradient."""
+        return self.decode_raw(self.quantize.f_hat_from_embeddings(x_BLC)).add(1).mul(0.5)
+
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, L] to images [B, 3, H, W] in [0, 1]."""
         return self.decode_latent(self.quantize.f_hat(tokens))

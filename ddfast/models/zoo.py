@@ -1,4 +1,4 @@
-"""Every teacher and tokenizer that ddfast knows by name, and where their weights are looked for.
+"""Every teacher, tokenizer and student that ddfast knows by name, and where their weights are looked for.
 
 Sampling presets: ``paper`` is what Distilled Decoding used to involve the teacher (guidance 2.0; its release does not
 say how its training pairs were sampled), ``release`` is what the family's authors report their FID with.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,23 @@ import torch
 
 from ..errors import UserError
 from .base import Sampling, Teacher
-from .checkpoints import KINDS, Part, differences, load_bundle, make_part, read_safetensors, read_tensors
+from .checkpoints import (
+    KINDS,
+    Part,
+    differences,
+    load_bundle,
+    make_part,
+    read_extra,
+    read_safetensors,
+    read_tensors,
+    require_copy,
+)
 from .llamagen import LlamaGenConfig
+from .llamagen_student import LlamaGenStudentConfig
 from .llamagen_teacher import LlamaGenTeacher
 from .llamagen_vq import LlamaGenTokenizerConfig
 from .var import VARConfig
+from .var_student import VARStudentConfig
 from .var_teacher import VARTeacher
 from .var_vqvae import VARTokenizerConfig
 
@@ -70,8 +82,31 @@ class ZooTeacher:
         return self.tokenizer is None
 
 
+@dataclass(frozen=True)
+class ZooStudent:
+    """A released student.
+
+    Attributes:
+        kind, config: of its part ``student``.
+        teacher: name of its teacher in ``TEACHERS``, whose tokenizer it uses.
+        file, origin: the released file, and who published it where.
+        timesteps, split: its published two-step sampling (see :func:`ddfast.sampling.few_step`).
+    """
+
+    name: str
+    kind: str
+    config: Any
+    teacher: str
+    file: str
+    origin: str
+    timesteps: tuple[int, ...]
+    split: int
+
+
+ZooEntry = ZooTeacher | ZooTokenizer | ZooStudent
 VAR_ORIGIN = "FoundationVision/var on Hugging Face"
 LLAMAGEN_ORIGIN = "FoundationVision/LlamaGen on Hugging Face"
+STUDENT_ORIGIN = "microsoft/distilled_decoding on Hugging Face"
 TOKENIZERS = {
     t.name: t
     for t in (
@@ -142,13 +177,37 @@ TEACHERS = {
 }
 
 
+def _var_student(depth: int, switch: int, split: int) -> ZooStudent:
+    name, teacher = f"var-dd-d{depth}", f"var-d{depth}"
+    config = VARStudentConfig(**asdict(TEACHERS[teacher].config))
+    return ZooStudent(name, "var-student", config, teacher, f"{teacher}.pth", STUDENT_ORIGIN, (0, switch), split)
+
+
+def _llamagen_student(size: str, switch: int, split: int) -> ZooStudent:
+    name, teacher, file = f"llamagen-dd-{size.lower()}", f"llamagen-{size.lower()}-256", f"llamagen-{size}.pt"
+    config = LlamaGenStudentConfig(**asdict(TEACHERS[teacher].config))
+    return ZooStudent(name, "llamagen-student", config, teacher, file, STUDENT_ORIGIN, (0, switch), split)
+
+
+STUDENTS = {
+    s.name: s
+    for s in (
+        _var_student(16, switch=5, split=5),
+        _var_student(20, switch=4, split=4),
+        _var_student(24, switch=4, split=4),
+        _llamagen_student("B", switch=80, split=80),
+        _llamagen_student("L", switch=80, split=130),
+    )
+}
+
+
 def weight_folders() -> list[Path]:
     """Folders searched for weights, in order: those of $DDFAST_WEIGHTS, ./weights, ~/.cache/ddfast."""
     named = [Path(p) for p in os.environ.get(WEIGHTS_VARIABLE, "").split(os.pathsep) if p]
     return [*named, Path("weights"), Path.home() / ".cache" / "ddfast"]
 
 
-def find_weights(entry: ZooTeacher | ZooTokenizer) -> Path | None:
+def find_weights(entry: ZooEntry) -> Path | None:
     """The file of a zoo entry: bundled, or under its released or its ddfast name in a weight folder; else None."""
     if isinstance(entry, ZooTeacher) and entry.bundled:
         return BUNDLED / entry.file
@@ -157,9 +216,9 @@ def find_weights(entry: ZooTeacher | ZooTokenizer) -> Path | None:
 
 
 def models() -> dict[str, tuple[str, Any]]:
-    """(kind, config) of every released model: teachers' transformers and tokenizers, by zoo name."""
-    out = {name: (t.kind, t.config) for name, t in TEACHERS.items() if t.kind is not None}
-    return out | {name: (t.kind, t.config) for name, t in TOKENIZERS.items()}
+    """(kind, config) of every released model: teachers' transformers, tokenizers and students, by zoo name."""
+    entries: tuple[ZooEntry, ...] = (*TEACHERS.values(), *TOKENIZERS.values(), *STUDENTS.values())
+    return {entry.name: (entry.kind, entry.config) for entry in entries if entry.kind is not None}
 
 
 def identify(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -167,8 +226,11 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     return [name for name, (kind, config) in models().items() if not differences(shapes, kind, config)]
 
 
-def read_part(path: Path, label: str, kind: str, config: Any) -> Part:
-    """One part from a released file or a bundle; an error about a misfit says which model the file looks like."""
+def read_part(path: Path, label: str, kind: str, config: Any, copy: str = "raw") -> Part:
+    """One part from a released file or a bundle; an error about a misfit says which model the file looks like.
+
+    ``copy`` is which of a file's copies of the weights is wanted: "raw", or of a student "ema".
+    """
     if is_bundle(path):
         name, parts = load_bundle(path)
         if label not in parts:
@@ -176,8 +238,10 @@ def read_part(path: Path, label: str, kind: str, config: Any) -> Part:
         part = parts[label]
         if part.kind != kind:
             raise UserError(f"{path} holds the {part.kind} {name}, where a {kind} is needed")
+        if label == "student":
+            require_copy([bundled_copy(path)], copy, path)
         return make_part(kind, config, part.tensors, str(path))
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, copy)
     try:
         return make_part(kind, config, tensors, str(path))
     except UserError as error:
@@ -207,13 +271,22 @@ def is_bundle(path: Path) -> bool:
     return path.suffix == ".safetensors" and "ddfast" in read_safetensors(path)[0]
 
 
+def bundled_copy(path: Path) -> str:
+    """Which copy of a student's weights a bundle holds: what it says, else "ema"."""
+    return str(read_extra(path).get("copy", "ema"))
+
+
 def known_teacher(name: str) -> ZooTeacher:
     """The zoo entry of a name; UserError with the nearest names otherwise."""
     if name in TEACHERS:
         return TEACHERS[name]
-    near = difflib.get_close_matches(name, TEACHERS, n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(TEACHERS)}"
-    raise UserError(f"no teacher is called {name!r} and no such file exists; {hint}")
+    raise UserError(f"no teacher is called {name!r} and no such file exists; {nearest(name, TEACHERS)}")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The names that someone who wrote ``name`` may have meant, for an error."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
 
 
 def load_teacher(
@@ -262,15 +335,15 @@ def _released_parts(
 ) -> dict[str, Part]:
     assert entry.kind is not None and entry.tokenizer is not None
     vq = TOKENIZERS[entry.tokenizer]
-    weights_path = _located(entry, weights, "--weights")
-    tokenizer_path = _located(vq, tokenizer, "--tokenizer")
+    weights_path = located(entry, weights, "--weights")
+    tokenizer_path = located(vq, tokenizer, "--tokenizer")
     return {
         "transformer": read_part(weights_path, "transformer", entry.kind, entry.config),
         "tokenizer": read_part(tokenizer_path, "tokenizer", vq.kind, entry.tokenizer_config),
     }
 
 
-def _located(entry: ZooTeacher | ZooTokenizer, given: str | os.PathLike[str] | None, option: str) -> Path:
+def located(entry: ZooEntry, given: str | os.PathLike[str] | None, option: str) -> Path:
     path = find_weights(entry) if given is None else Path(given)
     if path is None:
         folders = ", ".join(str(f) for f in weight_folders())
@@ -292,7 +365,7 @@ def load_tokenizer(name: str, tokenizer: str | os.PathLike[str] | None = None) -
     entry = known_teacher(name)
     assert entry.tokenizer is not None
     vq = TOKENIZERS[entry.tokenizer]
-    return read_part(_located(vq, tokenizer, "--tokenizer"), "tokenizer", vq.kind, entry.tokenizer_config)
+    return read_part(located(vq, tokenizer, "--tokenizer"), "tokenizer", vq.kind, entry.tokenizer_config)
 
 
 def assemble(

@@ -62,18 +62,22 @@ class PairDataset(Dataset[Pairs]):
             return Pairs(*(t[0] for t in self[[index]]))
         pairs = torch.as_tensor(index, dtype=torch.int64)
         pairs = torch.where(pairs < 0, pairs + self._length, pairs)
+        return Pairs(*self.rows(pairs), self.noise(pairs))
+
+    def rows(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """What is stored of the ``pairs`` int64 [B]: labels int64 [B] and tokens int64 [B, L]."""
         if pairs.numel() and not 0 <= int(pairs.min()) <= int(pairs.max()) < self._length:
             raise IndexError(f"pair index out of range: the folder holds {self._length}")
-        places = [divmod(i, self.manifest.shard_size) for i in pairs.tolist()]
-        return Pairs(self._gather("labels", places), self._gather("tokens", places), self._noise(pairs, places))
+        return self._gather("labels", pairs).long(), self._gather("tokens", pairs).long()
 
-    def _gather(self, name: str, places: list[tuple[int, int]]) -> Tensor:
-        rows = [self._shards[shard][name][row] for shard, row in places]
-        stacked = torch.stack(rows) if rows else self._shards[0][name][:0]
-        return stacked if name == "noise" else stacked.to(torch.int64)
-
-    def _noise(self, pairs: Tensor, places: list[tuple[int, int]]) -> Tensor:
+    def noise(self, pairs: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Noise float32 [B, L, C] of the ``pairs`` int64 [B], on ``device``; made there unless it was stored."""
         m = self.manifest
         if m.store_noise:
-            return self._gather("noise", places)
-        return ops.normal_noise(m.seed, pairs, 0, m.num_tokens, m.channels)
+            return self._gather("noise", pairs).to(device)
+        return ops.normal_noise(m.seed, pairs.to(device), 0, m.num_tokens, m.channels)
+
+    def _gather(self, name: str, pairs: Tensor) -> Tensor:
+        places = [divmod(i, self.manifest.shard_size) for i in pairs.tolist()]
+        rows = [self._shards[shard][name][row] for shard, row in places]
+        return torch.stack(rows) if rows else self._shards[0][name][:0]

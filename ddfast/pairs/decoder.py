@@ -12,6 +12,7 @@ from .. import ops
 from ..flow import Solver, solver_from_dict
 from ..flow.tokens import raise_bad_rows
 from ..models import Sampling, Teacher
+from .dataset import Pairs
 from .graphs import CudaRecorder, Recorder, Replay, record_program
 from .manifest import Manifest
 
@@ -139,3 +140,15 @@ class PairDecoder:
             self.decoder.run()
         for replay in self._program:
             replay()
+
+    def pairs(self, first: int, count: int) -> Pairs:
+        """Pairs first..first+count-1 as tensors of their own; waits for the device.
+
+        Raises:
+            UserError: the first image and position at which the teacher's logits overflowed.
+        """
+        self.make(first, count)
+        decoder = self.decoder
+        raise_bad_rows(decoder.evaluations_BL[:count])
+        buffers = (self._labels_B, decoder.tokens_BL, decoder.noise_BLC)
+        return Pairs(*(buffer[:count].clone() for buffer in buffers))

@@ -1,0 +1,313 @@
+"""``ddfast train``: a student from a teacher and its noise-token pairs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import write_atomic
+from ..models import STUDENTS, TEACHERS, Teacher, load_teacher
+from ..models.checkpoints import Part, make_part
+from ..models.distilled import RUN_FILE, save_student
+from ..models.zoo import load_tokenizer
+from ..pairs import Manifest, PairDataset, describe
+from ..training import RECIPES, Run, TrainConfig, Trainer, recipe
+from ..training.config import SCHEDULES, TIMESTEPS
+from ..training.distance import make_distance
+from ..training.monitor import tensorboard_installed
+from ..training.objective import Objective
+from ..training.parallel import WAYS, Ranks, joined
+from ..training.source import OnlinePairs, Source, StoredPairs
+from ..training.trainer import PRECISIONS
+from .pairs import choose_device
+
+DESCRIPTION = """\
+Train a student on the pairs of a folder, or with --online on pairs that the teacher makes as they are needed. The
+student starts from the teacher's weights and learns to go from noise, or from data up to a timestep, to all tokens in
+one pass (Distilled Decoding, Sec. 3.3).
+
+Stop it at any time: the same command goes on from the newest checkpoint, with the same losses, bit for bit on one
+process. Under torchrun the batch is shared by the ranks. --out receives student.safetensors (the moving average, with
+its tokenizer), checkpoints/, metrics.jsonl, samples/ (the teacher's images above the student's one-step images of the
+same noise) and, where tensorboard is installed, tensorboard/."""
+
+EPILOG = """\
+examples:
+  ddfast pairs --teacher digits-var --num 20000 --out pairs/
+  ddfast train --pairs pairs/ --teacher digits-var --out runs/digits-var
+  ddfast train --online --teacher digits-llamagen --steps 300 --out runs/online
+  ddfast train --pairs pairs/ --teacher digits-var --steps 400 --batch 256 --lr 3e-3 --out runs/other
+  torchrun --nproc-per-node 8 -m ddfast train --pairs pairs/ --teacher var-d16 --lpips-weights vgg16-397923af.pth \\
+    --out runs/d16
+  torchrun --nproc-per-node 8 -m ddfast train --pairs pairs/ --teacher var-d24 --distance l2 --parallel fsdp \\
+    --out runs/d24
+  tensorboard --logdir runs/
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a student on noise-token pairs",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what to train")
+    what.add_argument("--teacher", required=True, metavar="NAME|PATH", help="the pairs' teacher, as in `ddfast pairs`")
+    what.add_argument("--weights", type=Path, metavar="FILE", help="its released checkpoint, if not in a weight folder")
+    what.add_argument("--tokenizer", type=Path, metavar="FILE", help="its tokenizer's checkpoint, likewise")
+    what.add_argument("--pairs", type=Path, metavar="DIR", help="a folder made by `ddfast pairs`")
+    what.add_argument(
+        "--online", action="store_true", help="no folder: the teacher makes each batch's pairs, at its preset"
+    )
+    what.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
+    how = parser.add_argument_group("how it learns (default: the recipe's)")
+    how.add_argument("--recipe", choices=list(RECIPES), help="default: digits or paper-*, by the teacher")
+    how.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
+    how.add_argument("--batch", type=int, metavar="B", help="pairs a step, over all ranks")
+    how.add_argument("--timesteps", metavar="LIST", help="groups trained on, from 0, e.g. 0,5 (default: the paper's)")
+    how.add_argument("--lr", type=float, metavar="LR", help="peak learning rate for a batch of 256; scaled to --batch")
+    how.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate, after the warm-up")
+    how.add_argument("--warmup", type=int, metavar="N", help="steps of linear warm-up")
+    how.add_argument("--final-lr", type=float, metavar="X", help="share of the peak at which a cosine ends")
+    how.add_argument("--weight-decay", type=float, metavar="X", help="of matrices")
+    how.add_argument("--clip", type=float, metavar="X", help="largest gradient norm")
+    how.add_argument("--ema", type=float, metavar="X", help="decay of the moving average a step")
+    how.add_argument(
+        "--distance", choices=["lpips", "l2", "features"], help="lpips and features compare decoded images"
+    )
+    how.add_argument("--lpips-weights", type=Path, metavar="FILE", help="vgg16-397923af.pth, for --distance lpips")
+    how.add_argument(
+        "--features", metavar="NAME|FILE", help="for --distance features: digits-classifier, or a .pt2 file"
+    )
+    how.add_argument("--distance-weight", type=float, metavar="X", help="of the distance in the loss")
+    how.add_argument("--ce-weight", type=float, metavar="X", help="of the cross entropy in the loss")
+    how.add_argument(
+        "--split", type=int, metavar="N", help="sampling takes groups before it from logits (default: all)"
+    )
+    how.add_argument("--holdout", type=int, metavar="N", help="pairs that are measured instead of trained on")
+    how.add_argument("--seed", type=int, metavar="N", help="of new weights, order and timesteps (default: 0)")
+    how.add_argument(
+        "--no-layerwise",
+        dest="layerwise",
+        action="store_false",
+        default=None,
+        help="VAR: one noise/data embedding for all blocks",
+    )
+    run = parser.add_argument_group("how it runs (decides rounding and speed)")
+    run.add_argument(
+        "--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: bfloat16 on a GPU, else float32"
+    )
+    run.add_argument("--micro-batch", type=int, metavar="B", help="pairs in one pass of a rank; gradients accumulate")
+    run.add_argument(
+        "--parallel", choices=WAYS, default="ddp", help="with several ranks: ddp, or fsdp for what does not fit"
+    )
+    run.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on a GPU")
+    run.add_argument(
+        "--recompute", action="store_true", help="activation checkpointing: less memory, a third more work"
+    )
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (torchrun: one GPU a local rank)")
+    run.add_argument("--log-every", type=int, default=50, metavar="N", help="steps (default: 50)")
+    run.add_argument("--eval-every", type=int, metavar="N", help="steps between measurements (default: 5000)")
+    run.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 5000)")
+    run.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (default: 2)")
+    run.add_argument("--samples", type=int, default=16, metavar="N", help="pictures in a grid (default: 16)")
+    parser.set_defaults(func=train)
+
+
+def train(args: argparse.Namespace) -> int:
+    if args.online == (args.pairs is not None):
+        raise UserError("`ddfast train` needs either --pairs DIR or --online; see `ddfast train --help` for examples")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{args.out} is not a folder; choose another --out")
+    config, run = chosen_config(args), chosen_run(args)
+    device = choose_device(args.device)
+    dataset = None if args.online else PairDataset(args.pairs)
+    teacher = load_teacher(args.teacher, args.weights, args.tokenizer, torch.float32, device)
+    config.check_timesteps(teacher.groups)
+    if dataset is not None:
+        check_pairs(args.pairs, dataset.manifest, teacher)
+    with joined(device) as ranks:
+        run.pieces(config.batch, ranks.world)
+        return run_training(args, config, run, teacher, dataset, ranks)
+
+
+def run_training(
+    args: argparse.Namespace, config: TrainConfig, run: Run, teacher: Teacher, dataset: PairDataset | None, ranks: Ranks
+) -> int:
+    """Put the parts together, train, and say what came of it."""
+    device, console = teacher.device, Console(stderr=True, quiet=not ranks.first)
+    vq: Part = load_tokenizer(args.teacher, args.tokenizer)
+    tokenizer: Any = vq.build(torch.float32, device)
+    distance = make_distance(
+        config.distance, tokenizer, lpips_weights=args.lpips_weights, features=args.features, device=device
+    )
+    student = teacher.new_student(torch.Generator().manual_seed(config.seed), config.layerwise)
+    codebook = teacher.codebook.detach().clone()
+    source, manifest = pair_source(config, run, teacher, dataset, ranks)
+    identity: dict[str, Any] = {
+        "teacher": teacher.name,
+        "weights": teacher.weights_sha256,
+        "pairs": manifest.checksum,
+        "features": args.features if config.distance == "features" else None,
+    }
+    if dataset is not None:
+        del teacher
+
+    def keep_student(weights: dict[str, Tensor]) -> None:
+        part = make_part(student.kind, student.settings, weights, "the moving average")
+        last = len(student.groups)
+        split = last if config.split is None else config.split
+        save_student(args.out / RUN_FILE, name, part, vq, config.timesteps, split, manifest.teacher)
+
+    name = f"{manifest.teacher}-student"
+    count = sum(p.numel() for p in student.parameters())
+    with progress_bar(console) as bar:
+        report = Lines(console, bar, config.steps, name)
+        trainer = Trainer(
+            args.out,
+            config,
+            run,
+            student,
+            source,
+            Objective(student, distance, codebook, config),
+            identity,
+            images=lambda x: tokenizer.decode_embeddings(x).float(),
+            keep_student=keep_student,
+            ranks=ranks,
+            report=report,
+        )
+        if ranks.first:
+            args.out.mkdir(parents=True, exist_ok=True)
+            note = {"config": config.to_dict(), "run": {f.name: getattr(run, f.name) for f in fields(Run)}} | identity
+            write_atomic(args.out / "config.json", (json.dumps(note, indent=1, sort_keys=True) + "\n").encode())
+            if not tensorboard_installed():
+                report.say("tensorboard is not installed, so its curves are left out: pip install 'ddfast[train]'")
+        report.say(
+            f"{name}: {count / 1e6:.4g} M weights, {config.batch} pairs a step in {trainer.accumulate} passes on "
+            f"{ranks.world} rank{'s' * (ranks.world > 1)}, {run.precision}"
+        )
+        measured = trainer.train()
+    if ranks.first:
+        print(f"{args.out}: {summary(config, measured)}; at most {trainer.memory()} of memory")
+    return 0
+
+
+def summary(config: TrainConfig, measured: dict[str, float]) -> str:
+    return f"{config.steps} steps; holdout " + ", ".join(
+        f"from {t}: {measured[f'holdout/agreement_t{t}']:.1%} of tokens agree" for t in config.timesteps
+    )
+
+
+def pair_source(
+    config: TrainConfig, run: Run, teacher: Teacher, dataset: PairDataset | None, ranks: Ranks
+) -> tuple[Source, Manifest]:
+    if dataset is not None:
+        return StoredPairs(dataset, config, teacher.device), dataset.manifest
+    from ..flow import make_solver
+
+    num = config.steps * config.batch + config.holdout
+    manifest = describe(teacher, teacher.preset(), make_solver(), num=num, seed=config.seed)
+    micro, _ = run.pieces(config.batch, ranks.world)
+    teacher.prepare()
+    return OnlinePairs(teacher, manifest, config, micro), manifest
+
+
+def chosen_config(args: argparse.Namespace) -> TrainConfig:
+    """The recipe, with the values given on the command line in place of its own."""
+    name = args.recipe or default_recipe(args.teacher)
+    given: dict[str, Any] = {f.name: getattr(args, f.name, None) for f in fields(TrainConfig)}
+    given["timesteps"] = default_timesteps(args.teacher) if args.timesteps is None else parse_timesteps(args.timesteps)
+    return recipe(name, **{key: value for key, value in given.items() if value is not None})
+
+
+def chosen_run(args: argparse.Namespace) -> Run:
+    cuda = choose_device(args.device).type == "cuda"
+    names = {f.name for f in fields(Run)}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    given["precision"] = ("bfloat16" if cuda else "float32") if args.precision == "auto" else args.precision
+    given["compile"] = cuda if args.compile == "auto" else args.compile == "on"
+    return Run(**given)
+
+
+def default_recipe(teacher: str) -> str:
+    """By the teacher's name in the zoo."""
+    if teacher.startswith("digits-"):
+        return "digits"
+    if teacher not in TEACHERS:
+        raise UserError(f"{teacher} is not in the zoo: say which --recipe of {', '.join(RECIPES)}")
+    return f"paper-{TEACHERS[teacher].family.lower()}"
+
+
+def default_timesteps(teacher: str) -> tuple[int, ...]:
+    """The released student's of this teacher, else 0 alone."""
+    released = {s.teacher: s.timesteps for s in STUDENTS.values()}
+    return TIMESTEPS.get(teacher) or released.get(teacher) or (0,)
+
+
+def parse_timesteps(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"--timesteps {text!r} is no list of groups like 0,5")
+    return tuple(int(part) for part in parts)
+
+
+def check_pairs(folder: Path, manifest: Manifest, teacher: Teacher) -> None:
+    """Raise UserError unless the pairs are this teacher's, naming what differs."""
+    lines = []
+    for label, sha256 in teacher.weights_sha256.items():
+        theirs = manifest.weights.get(label, "")
+        if theirs != sha256:
+            what = "codebook and tokenizer" if label == "tokenizer" else label
+            lines.append(f"their {what} has the hash {theirs[:16]}…, {teacher.name} has {sha256[:16]}…")
+    if manifest.groups != tuple(teacher.groups):
+        lines.append(f"their images have {len(manifest.groups)} groups, not {len(teacher.groups)}")
+    if lines:
+        raise UserError(
+            f"the pairs in {folder} were made by {manifest.teacher}, another teacher than {teacher.name}: "
+            + "; ".join(lines)
+            + ". Name theirs with --teacher, --weights and --tokenizer"
+        )
+
+
+class Lines:
+    """A progress bar with the latest figures, and lines above it; where no terminal is, a line now and then."""
+
+    def __init__(self, console: Console, bar: Progress, steps: int, name: str) -> None:
+        self.console, self.bar = console, bar
+        self.task = bar.add_task(name, total=steps, figures="")
+        self.shown: dict[str, float] = {}
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        text = ""
+        if figures:
+            text = f"loss {figures['loss']:.4f}  {figures['pairs_per_s']:.4g} pairs/s  MFU {figures['mfu']:.0%}"
+        self.bar.update(self.task, completed=step, figures=text)
+        if figures and figures is not self.shown and not self.console.is_terminal:
+            self.shown = figures
+            self.say(f"step {step}: {text}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+    )

@@ -1,0 +1,158 @@
+"""What decides a student: one frozen record, and the recipes it starts from.
+
+How a run is computed (ranks, micro-batches, precision of the arithmetic, logging) is in :class:`ddfast.training.Run`:
+it decides rounding and speed alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ..errors import UserError
+
+LR_BATCH = 256
+"""Learning rates are given for this batch."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a student's weights, apart from rounding.
+
+    Attributes:
+        steps, batch: optimiser steps, and pairs in each, over all ranks.
+        timesteps: those trained on, each a group; a pair's is drawn uniformly (Eq. 5). The first is 0.
+        lr: AdamW's peak learning rate for a batch of 256; it grows in proportion to ``batch``.
+        schedule: "cosine" or "constant", after ``warmup`` linear steps.
+        final_lr: share of the peak rate at which a cosine ends.
+        weight_decay: of matrices; vectors and embeddings have none.
+        betas: AdamW's.
+        clip: largest norm of the gradient.
+        ema: decay of the weights' moving average a step; the average at step n uses at most (1 + n) / (10 + n).
+        distance: "lpips" or "features" between decoded images, or "l2" between embeddings.
+        distance_weight, ce_weight: of the distance and of the cross entropy.
+        layerwise: whether every block has its own map of the noise/data embedding, where the family has one.
+        split: groups before it are drawn from logits, later ones by the embedding head; None stands for all.
+        holdout: pairs, the last ones, kept from training and measured.
+        seed: of the new weights, the order of the pairs, and their timesteps.
+    """
+
+    steps: int
+    batch: int
+    timesteps: tuple[int, ...]
+    lr: float
+    schedule: str = "constant"
+    warmup: int = 0
+    final_lr: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    ema: float = 0.9999
+    distance: str = "lpips"
+    distance_weight: float = 1.0
+    ce_weight: float = 0.1
+    layerwise: bool = True
+    split: int | None = None
+    holdout: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "holdout"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, name, value, "must be a finite number above 0")
+        for name in ("weight_decay", "distance_weight", "ce_weight", "final_lr"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, name, value, "must be a finite number >= 0")
+        _require(
+            self.distance_weight + self.ce_weight > 0, "ce_weight", self.ce_weight, "or distance_weight must be > 0"
+        )
+        _require(0 <= self.ema < 1, "ema", self.ema, "must lie in [0, 1)")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "must lie in [0, 2^31)")
+        _require(0 <= self.warmup <= self.steps, "warmup", self.warmup, f"must lie between 0 and --steps {self.steps}")
+        _require(self.schedule in SCHEDULES, "schedule", self.schedule, f"must be one of {', '.join(SCHEDULES)}")
+        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "must lie in [0, 1)")
+
+    def check_timesteps(self, groups: tuple[int, ...]) -> None:
+        """Raise UserError unless the timesteps and the split suit a student of these groups."""
+        last = len(groups) - 1
+        for t in self.timesteps:
+            _require(0 <= t <= last, "timesteps", t, f"is no group of this teacher; use 0 to {last}")
+        rising = all(b > a for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
+        listed = ",".join(map(str, self.timesteps))
+        _require(self.timesteps[:1] == (0,) and rising, "timesteps", listed, "must begin at 0 and rise")
+        if self.split is not None:
+            _require(0 <= self.split <= last + 1, "split", self.split, f"must lie between 0 and {last + 1} groups")
+
+    @property
+    def peak_lr(self) -> float:
+        """Of this batch."""
+        return self.lr * self.batch / LR_BATCH
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0..steps-1."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.schedule == "constant":
+            return self.peak_lr * warm
+        done = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.peak_lr * warm * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+SCHEDULES = ("cosine", "constant")
+
+
+def _require(fine: bool, name: str, value: object, rule: str) -> None:
+    if not fine:
+        raise UserError(f"{name.replace('_', '-')} {value} {rule}")
+
+
+PAPER = TrainConfig(
+    steps=300_000,
+    batch=512,
+    timesteps=(0,),
+    lr=1e-4,
+    warmup=2000,
+    weight_decay=0.05,
+    clip=2.0,
+)
+"""Loss, timesteps, betas and decay of the average as in the paper; what it leaves open as the teachers were trained."""
+
+RECIPES = {
+    "paper-var": PAPER,
+    "paper-llamagen": replace(PAPER, batch=256, clip=1.0),
+    "digits": TrainConfig(
+        steps=1500,
+        batch=128,
+        timesteps=(0,),
+        lr=4e-3,
+        schedule="cosine",
+        warmup=50,
+        weight_decay=0.01,
+        ema=0.998,
+        distance="l2",
+        ce_weight=1.0,
+        holdout=1000,
+    ),
+}
+TIMESTEPS = {"digits-var": (0, 2), "digits-llamagen": (0, 5)}
+"""Of the bundled teachers; the released students have theirs in the zoo."""
+
+
+def recipe(name: str, timesteps: tuple[int, ...], **changes: Any) -> TrainConfig:
+    """A recipe's settings, with ``changes`` in place of its own; a short run has a tenth of its steps as warm-up.
+
+    Raises UserError for an unknown name, listing those there are.
+    """
+    if name not in RECIPES:
+        raise UserError(f"no recipe is called {name!r}; there are {', '.join(RECIPES)}")
+    unknown = set(changes) - {f.name for f in fields(TrainConfig)}
+    assert not unknown, unknown
+    base = RECIPES[name]
+    changes = {"warmup": min(base.warmup, changes.get("steps", base.steps) // 10)} | changes
+    return replace(base, timesteps=timesteps, **changes)
