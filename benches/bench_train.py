@@ -20,9 +20,11 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from _common import RESULTS, finish, hardware
 from full_size import random_teacher
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ddfast import ops
 from ddfast.models import Teacher, load_teacher
@@ -84,6 +86,20 @@ def trainer_of(teacher: Teacher, batch: int, run: Run) -> Iterator[Trainer]:
         )
 
 
+class Linears(TorchFunctionMode):
+    """Counts the shapes (rows, channels in, channels out) of every linear layer that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple[int, int, int]] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            x, weight = args[:2]
+            self.shapes[x.numel() // x.shape[-1], weight.shape[1], weight.shape[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Products:
     """The products of a student's linear layers over one batch, on tensors of their own.
 
@@ -92,22 +108,12 @@ class Products:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        shapes: Counter[tuple[int, int, int]] = Counter()
-
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...], _out: Tensor) -> None:
-            weight = layer.get_parameter("weight")
-            shapes[inputs[0].numel() // weight.shape[1], weight.shape[1], weight.shape[0]] += 1
-
-        linear = [m for m in trainer.student.modules() if isinstance(m, nn.Linear)]
-        hooks = [m.register_forward_hook(note) for m in linear]
-        pairs = trainer.source.batch(0, range(trainer.micro))
-        with torch.no_grad(), torch.autocast(trainer.device.type, trainer.dtype, trainer.dtype != torch.float32):
+        linear, pairs = Linears(), trainer.source.batch(0, range(trainer.micro))
+        with torch.no_grad(), linear:
             trainer.student(pairs.labels, pairs.noise, 0)
-        for hook in hooks:
-            hook.remove()
-        self.shapes, self.device, self.dtype = dict(shapes), trainer.device, trainer.dtype
+        self.shapes, self.device, self.dtype = linear.shapes, trainer.device, trainer.dtype
         self.times = trainer.accumulate
-        self.gflop = sum(6e-9 * m * k * n * count for (m, k, n), count in shapes.items()) * self.times
+        self.gflop = sum(6e-9 * m * k * n * count for (m, k, n), count in self.shapes.items()) * self.times
 
     def __call__(self) -> float:
         """Seconds: every shape is timed once, the median of three, and counts as often as it occurs."""

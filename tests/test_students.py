@@ -211,6 +211,15 @@ def test_grouped_attention_equals_the_dense_mask(name: str, chunk: int, monkeypa
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("length", [20, 150])
+def test_keys_and_values_may_have_fewer_heads(length: int) -> None:
+    generator, groups, cpu = torch.Generator().manual_seed(1), (1,) * length, torch.device("cpu")
+    q, k, v = (torch.randn(2, heads, length, 8, generator=generator) for heads in (4, 2, 2))
+    every = [t.repeat_interleave(2, dim=1) for t in (k, v)]
+    want = masked(group_mask(groups, cpu))(q, *every, 0.3)
+    torch.testing.assert_close(grouped(groups, cpu)(q, k, v, 0.3), want, rtol=1e-5, atol=1e-5)
+
+
 def test_a_position_sees_strictly_earlier_groups_and_itself() -> None:
     assert group_mask((1, 2, 1), torch.device("cpu")).int().tolist() == [
         [1, 0, 0, 0],

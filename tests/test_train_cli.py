@@ -23,7 +23,10 @@ from ddfast.models import load_student
 from ddfast.models.checkpoints import load_bundle, make_part, read_safetensors, save_bundle
 from ddfast.training import Trainer
 
-PLAIN = "--recipe digits --steps 6 --batch 16 --warmup 2 --holdout 17 --log-every 1 --eval-every 4 --samples 4"
+PLAIN = (
+    "--precision float32 --recipe digits --steps 6 --batch 16 --warmup 2 --holdout 17 --log-every 1 --eval-every 4 "
+    "--samples 4"
+)
 INPUTS = ("var", "llamagen", "shared")
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from .. import _native
 from ..errors import UserError
 from ..files import write_atomic
 from ..models import STUDENTS, TEACHERS, Teacher, load_teacher
@@ -29,6 +30,8 @@ from ..training.parallel import WAYS, Ranks, joined
 from ..training.source import OnlinePairs, Source, StoredPairs
 from ..training.trainer import PRECISIONS
 from .pairs import choose_device
+
+ONLINE_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # as `ddfast pairs` chooses
 
 DESCRIPTION = """\
 Train a student on the pairs of a folder, or with --online on pairs that the teacher makes as they are needed. The
@@ -106,7 +109,10 @@ def add_parser(commands: Any) -> None:
     )
     run = parser.add_argument_group("how it runs (decides rounding and speed)")
     run.add_argument(
-        "--precision", choices=["auto", *PRECISIONS], default="auto", help="auto: bfloat16 on a GPU, else float32"
+        "--precision",
+        choices=["auto", *PRECISIONS],
+        default="auto",
+        help="auto: bfloat16 where the hardware multiplies it, else float32",
     )
     run.add_argument("--micro-batch", type=int, metavar="B", help="pairs in one pass of a rank; gradients accumulate")
     run.add_argument(
@@ -160,6 +166,7 @@ def run_training(
         "weights": teacher.weights_sha256,
         "pairs": manifest.checksum,
         "features": args.features if config.distance == "features" else None,
+        "online": str(teacher.dtype) if dataset is None else None,
     }
     if dataset is not None:
         del teacher
@@ -219,6 +226,7 @@ def pair_source(
     num = config.steps * config.batch + config.holdout
     manifest = describe(teacher, teacher.preset(), make_solver(), num=num, seed=config.seed)
     micro, _ = run.pieces(config.batch, ranks.world)
+    teacher.transformer.to(ONLINE_DTYPES[teacher.device.type])
     teacher.prepare()
     return OnlinePairs(teacher, manifest, config, micro), manifest
 
@@ -233,9 +241,10 @@ def chosen_config(args: argparse.Namespace) -> TrainConfig:
 
 def chosen_run(args: argparse.Namespace) -> Run:
     cuda = choose_device(args.device).type == "cuda"
+    fastest = "bfloat16" if cuda or _native.multiplies_bfloat16() else "float32"
     names = {f.name for f in fields(Run)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    given["precision"] = ("bfloat16" if cuda else "float32") if args.precision == "auto" else args.precision
+    given["precision"] = fastest if args.precision == "auto" else args.precision
     given["compile"] = cuda if args.compile == "auto" else args.compile == "on"
     return Run(**given)
 

@@ -103,9 +103,7 @@ def measure_students(folders: Sequence[Path]) -> Report:
     for folder in folders:
         model = load_student(folder)
         if model.teacher not in RECIPES:
-            raise UserError(
-                f"{folder} is a student of {model.teacher or 'nobody known'}, not of {' or '.join(RECIPES)}"
-            )
+            raise UserError(f"{folder} is a student of {model.teacher}, not of {' or '.join(RECIPES)}")
         students.setdefault(model.teacher, {})[str(folder)] = model
     report: Report = {}
     for name, models in students.items():

@@ -51,22 +51,27 @@ def group_mask(groups: tuple[int, ...], device: torch.device) -> Tensor:
 
 def grouped(groups: tuple[int, ...], device: torch.device) -> Attend:
     """The student's rule in the form that is fastest for these groups (the condition being the first) and device."""
-    if all(n == 1 for n in groups):
-        return causal
+    single = all(n == 1 for n in groups)
     if device.type == "cuda":
-        return _flex(groups, device)
-    return _dense(groups, device) if sum(groups) <= SHORT else _by_groups(groups)
+        return causal if single else _flex(groups, device)
+    if sum(groups) <= SHORT:
+        return _dense(groups, device)
+    return causal if single else _by_groups(groups)
 
 
 @cache
 def _dense(groups: tuple[int, ...], device: torch.device) -> Attend:
     """In plain products: the fused attention's gradient takes ten times as long on short rows."""
-    hidden = torch.zeros(sum(groups), sum(groups), device=device)
-    hidden.masked_fill_(~group_mask(groups, device), float("-inf"))
+    with torch.inference_mode(False):  # it outlives this call, and gradients need it
+        hidden = torch.zeros(sum(groups), sum(groups), device=device)
+        hidden.masked_fill_(~group_mask(groups, device), float("-inf"))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        flat = [t.to(v.dtype).flatten(0, 1) for t in (q, k)]
-        scores = torch.baddbmm(hidden.to(v.dtype), flat[0], flat[1].mT, alpha=scale)
+        copies = q.shape[1] // k.shape[1]  # of keys and values, which may have fewer heads
+        k, v = (t if copies == 1 else t.repeat_interleave(copies, dim=1) for t in (k, v))
+        scores = torch.baddbmm(
+            hidden.to(v.dtype), q.to(v.dtype).flatten(0, 1), k.to(v.dtype).flatten(0, 1).mT, alpha=scale
+        )
         return (scores.softmax(-1) @ v.flatten(0, 1)).view(v.shape)
 
     return attend

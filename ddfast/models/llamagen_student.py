@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .llamagen import LlamaGenConfig, LlamaGenTransformer
-from .student import EmbeddingHead, Student
+from .student import EmbeddingHead, Student, add_marks
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class LlamaGenStudent(Student, LlamaGenTransformer):  # type: ignore[misc]  # fo
 
     def hidden(self, x_BLC: Tensor, known_BL: Tensor, cond_BD: Tensor) -> Tensor:
         attend = self.attend(x_BLC.device)
-        x = torch.cat([cond_BD.unsqueeze(1), self.tok_embeddings(x_BLC)], dim=1) + self.n_d_embed(known_BL)
+        x = torch.cat([cond_BD.unsqueeze(1), self.tok_embeddings(x_BLC)], dim=1)
+        x = add_marks(x, known_BL, self.n_d_embed.weight)
         return self.run_blocks(lambda block, x: block(x, self.rope, attend), x)[:, 1:]
 
     def logits(self, h_BnD: Tensor, cond_BD: Tensor) -> Tensor:

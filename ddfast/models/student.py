@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -24,6 +25,15 @@ from .attention import Attend, grouped
 
 HEAD_EPS = 1e-6
 NEW_STD = 0.02  # of what the teacher does not have
+
+
+def add_marks(x_BTD: Tensor, known_BT: Tensor, rows_2D: Tensor) -> Tensor:
+    """``x`` and, at each position, row 1 where it is known and row 0 where not: a product with one-hot vectors, whose
+    gradient is one too, in float32 under autocast."""
+    device = x_BTD.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        choice = F.one_hot(known_BT, 2).to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
+        return torch.baddbmm(x_BTD, choice, rows_2D.to(x_BTD.dtype).expand(len(x_BTD), -1, -1))
 
 
 class EmbeddingHead(nn.Module):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attend, levels, masked
+from .student import add_marks
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,12 @@ class Block(nn.Module):
             return cond + self.ada_gss[0]
         return self.ada_lin(cond).unflatten(1, (6, -1))
 
-    def forward(self, x: Tensor, mod: Tensor, attend: Attend, between: Tensor | None = None) -> Tensor:
-        """``between`` is added to the stream after attention: a student's noise/data embedding."""
+    def forward(self, x: Tensor, mod: Tensor, attend: Attend, marks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``marks`` are a student's, for :func:`add_marks` after attention."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod.unsqueeze(2).unbind(1)
         h = modulated_norm(x, scale1, shift1, self.eps)
         x = torch.addcmul(x, self.attn(h, attend), gamma1)
-        x = x if between is None else x + between
+        x = x if marks is None else add_marks(x, *marks)
         h = modulated_norm(x, scale2, shift2, self.eps)
         return torch.addcmul(x, self.ffn(h), gamma2)
 

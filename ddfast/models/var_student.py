@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .student import NEW_STD, EmbeddingHead, Student
+from .student import NEW_STD, EmbeddingHead, Student, add_marks
 from .var import VARConfig, VARTransformer
 
 
@@ -70,22 +69,21 @@ class VARStudent(Student, VARTransformer):  # type: ignore[misc]  # forward is t
         return VARTransformer.logits(self, h_BnD, cond_BD)
 
     def hidden(self, x_BLC: Tensor, known_BL: Tensor, cond_BD: Tensor) -> Tensor:
-        def marks(place: int) -> Tensor:
-            """The noise/data embedding of block ``place``, or last, of the heads: [B or 1, 1 + L, D]."""
+        def marks(place: int) -> tuple[Tensor, Tensor]:
+            """The noise/data embedding of block ``place``, or last, of the heads."""
             rows_2D = self.n_d_embed.weight
-            if self.settings.layerwise:
-                rows_2D = self.layerwise_n_d_embed[place](rows_2D)
-            return F.embedding(known_BL, rows_2D)
+            return known_BL, self.layerwise_n_d_embed[place](rows_2D) if self.settings.layerwise else rows_2D
 
         attend, mods = self.attend(x_BLC.device), self.modulations(cond_BD)
         x = torch.cat([self.start_tokens(cond_BD), self.word_embed(x_BLC)], dim=1) + self.positions()
-        x = x + self.n_d_embed(known_BL)
+        x = add_marks(x, known_BL, self.n_d_embed.weight)
         places = {block: place for place, block in enumerate(self.blocks)}
 
         def run(block: nn.Module, x: Tensor) -> Tensor:
-            return block(x, mods[places[block]], attend, marks(places[block]))
+            place = places[block]
+            return block(x, mods[place], attend, marks(place))
 
-        return (self.run_blocks(run, x) + marks(len(self.blocks)))[:, 1:]
+        return add_marks(self.run_blocks(run, x), *marks(len(self.blocks)))[:, 1:]
 
     @torch.no_grad()
     def init_with_teacher(

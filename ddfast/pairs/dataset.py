@@ -74,8 +74,8 @@ class PairDataset(Dataset[Pairs]):
         """Noise float32 [B, L, C] of the ``pairs`` int64 [B], on ``device``; made there unless it was stored."""
         m = self.manifest
         if m.store_noise:
-            return self._gather("noise", pairs).to(device)
-        return ops.normal_noise(m.seed, pairs.to(device), 0, m.num_tokens, m.channels)
+            return self._gather("noise", pairs).to(device, non_blocking=True)
+        return ops.normal_noise(m.seed, pairs.to(device, non_blocking=True), 0, m.num_tokens, m.channels)
 
     def _gather(self, name: str, pairs: Tensor) -> Tensor:
         places = [divmod(i, self.manifest.shard_size) for i in pairs.tolist()]

@@ -59,8 +59,8 @@ class Objective:
         embeddings, logits = model(pairs.labels, x_t, t_B)
         count_B = unknown.sum(1)
         with torch.autocast(x_t.device.type, enabled=False):
-            nll_BL = F.cross_entropy(logits.float().transpose(1, 2), pairs.tokens, reduction="none")
-            cross_entropy = (nll_BL * unknown).sum(1) / count_B
+            nll = F.cross_entropy(logits.float().flatten(0, 1), pairs.tokens.flatten(), reduction="none")
+            cross_entropy = (nll.view_as(unknown) * unknown).sum(1) / count_B
             predicted = torch.where(unknown.unsqueeze(2), embeddings.float(), target)
             if self.config.distance_weight:
                 distance = self.distance(predicted, target, unknown)
