@@ -19,12 +19,12 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 
 demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, its one-step pictures and figures
-	$(ENV)/ddfast pairs --teacher digits-var --num 21000 --out demo/pairs-var
-	$(ENV)/ddfast train --teacher digits-var --pairs demo/pairs-var --out demo/student-var
-	$(ENV)/ddfast pairs --teacher digits-llamagen --num 21000 --out demo/pairs-llamagen
-	$(ENV)/ddfast train --teacher digits-llamagen --pairs demo/pairs-llamagen --out demo/student-llamagen
-	$(ENV)/ddfast digits eval --student demo/student-var --student demo/student-llamagen
-	@echo "One-step pictures below the teacher's of the same noise: the newest in demo/student-*/samples"
+	$(ENV)/ddfast pairs --teacher digits-var --num 21000 --out demo/var/pairs
+	$(ENV)/ddfast train --teacher digits-var --pairs demo/var/pairs --out demo/var/student
+	$(ENV)/ddfast pairs --teacher digits-llamagen --num 21000 --out demo/llamagen/pairs
+	$(ENV)/ddfast train --teacher digits-llamagen --pairs demo/llamagen/pairs --out demo/llamagen/student
+	$(ENV)/ddfast digits eval --student demo/var/student --student demo/llamagen/student
+	@echo "One-step pictures, below the teacher's of the same noise:" demo/*/student/samples/*.png
 
 test: .venv/installed-test  ## the tests
 	$(ENV)/pytest tests

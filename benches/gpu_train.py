@@ -55,7 +55,9 @@ def make_teacher(name: str, device: torch.device) -> Teacher:
 def measure_case(case: TrainCase, ceilings: Ceilings, device: torch.device) -> Figures:
     """A case's figures; in micro-batches, which a ``note`` tells, where the whole batch does not fit into memory."""
     teacher = make_teacher(case.teacher, device)
-    run = Run(precision="bfloat16", micro_batch=case.batch, compile=case.compile, recompute=case.recompute)
+    run = Run(
+        precision="bfloat16", micro_batch=case.batch, compile=case.compile, activation_checkpointing=case.recompute
+    )
     while (figures := steps_that_fit(teacher, case.batch, run)) is None:
         assert run.micro_batch is not None
         if run.micro_batch == 1:

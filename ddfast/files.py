@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from .errors import UserError
+
 TEMPORARY_SUFFIX = ".tmp"
+LOCK = ".lock"
 
 
 def open_temporary(path: Path) -> BinaryIO:
@@ -59,6 +62,20 @@ def create_once(path: Path, data: bytes) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def locked(folder: Path) -> BinaryIO:
+    """A file in ``folder`` that this process alone has locked, until it is closed or the process ends.
+
+    Raises UserError where another process has it.
+    """
+    file = open(folder / LOCK, "wb")  # noqa: SIM115 - closed by the caller
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"another process is writing to {folder}; wait for it, or choose another --out") from None
+    return file
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -405,7 +405,13 @@ def pretend_steps(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[Run]:
         runs.append(run)
         if run.micro_batch is None or run.micro_batch > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        figures = {"teacher": teacher, "batch": batch, "recompute": run.recompute, "s_per_step": 0.25, "mfu": 0.5}
+        figures = {
+            "teacher": teacher,
+            "batch": batch,
+            "recompute": run.activation_checkpointing,
+            "s_per_step": 0.25,
+            "mfu": 0.5,
+        }
         more = {"pairs_per_s": 256.0, "model_gflop_per_pair": 5.0, "time_over_products": 1.5, "memory_gib": 7.0}
         return figures | more | {"peak_source": "datasheet"}
 
@@ -428,7 +434,7 @@ def test_a_step_that_does_not_fit_is_tried_in_smaller_parts_and_told(monkeypatch
     runs = pretend_steps(monkeypatch, fits=20)
     row = gpu_train.measure_case(gpu_train.TrainCase("var-d16", 64, recompute=True), CEILINGS, CPU)
     assert [run.micro_batch for run in runs] == [64, 32, 16]
-    assert all(run.compile and run.recompute and run.precision == "bfloat16" for run in runs)
+    assert all(run.compile and run.activation_checkpointing and run.precision == "bfloat16" for run in runs)
     assert row["share_of_matmul_peak"] == pytest.approx(256 * 5e9 / 2e12)
     assert row["note"] == "out of memory at batch 64: in micro-batches of 16" and row["note"] in gpu_train.line(row)
     assert "0.2500 s a step" in gpu_train.line(row) and "MFU 50.0% (datasheet), 64.0%" in gpu_train.line(row)

@@ -224,7 +224,9 @@ def three_losses(folder: Path, teacher: Teacher, dataset: PairDataset, run: Run)
 @pytest.mark.gpu
 def test_compiled_and_recomputed_blocks_learn_alike(tmp_path: Path, dataset: PairDataset, on_gpu: Teacher) -> None:
     want = three_losses(tmp_path / "plain", on_gpu, dataset, Run())
-    for i, run in enumerate((Run(compile=True), Run(recompute=True, micro_batch=8), Run(precision="bfloat16"))):
+    for i, run in enumerate(
+        (Run(compile=True), Run(activation_checkpointing=True, micro_batch=8), Run(precision="bfloat16"))
+    ):
         got = three_losses(tmp_path / str(i), on_gpu, dataset, run)
         assert got == pytest.approx(want, rel=1e-3 if run.precision == "float32" else 0.05), run
 
@@ -244,7 +246,9 @@ def prefetched(trainer: Trainer) -> Any:
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("run", [Run(), Run(precision="bfloat16", recompute=True)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "run", [Run(), Run(precision="bfloat16", activation_checkpointing=True)], ids=["float32", "bfloat16"]
+)
 def test_a_step_waits_for_no_device(tmp_path: Path, dataset: PairDataset, on_gpu: Teacher, run: Run) -> None:
     trainer = new_trainer(tmp_path, on_gpu, dataset, settings(), run)
     trainer.source = prefetched(trainer)
@@ -325,8 +329,17 @@ def test_pairs_made_for_a_step_stay_when_others_are_made(on_gpu: Teacher) -> Non
 @pytest.mark.gpu
 def test_online_training_by_the_command_line(tmp_path: Path, bundle: str) -> None:
     """In bfloat16 and compiled, as by default on a GPU; the student it leaves can be sampled from there."""
-    how = "--recipe digits --steps 4 --batch 8 --warmup 2 --holdout 5 --log-every 2 --samples 2 --recompute"
-    argv = ["train", "--teacher", bundle, "--online", "--timesteps", "0,2", "--out", str(tmp_path), *how.split()]
+    how = "--recipe digits --steps 4 --batch 8 --warmup 2 --holdout 5 --log-every 2 --samples 2 --timesteps 0,2"
+    argv = [
+        "train",
+        "--teacher",
+        bundle,
+        "--online",
+        "--out",
+        str(tmp_path),
+        *how.split(),
+        "--activation-checkpointing",
+    ]
     assert main([*argv, "--device", "cuda"]) == 0
     losses = [line["loss"] for line in curve(tmp_path) if "loss" in line]
     assert len(losses) == 2 and all(map(math.isfinite, losses))

@@ -187,7 +187,7 @@ def assert_same_run(got: Path, want: Path) -> None:
         ("llamagen", "ddp", "--distance-weight 0"),
         ("var", "fsdp", "--micro-batch 4"),
         ("llamagen", "fsdp", ""),
-        ("shared", "fsdp", "--recompute --distance-weight 0"),
+        ("shared", "fsdp", "--activation-checkpointing --distance-weight 0"),
     ],
 )
 def test_two_ranks_equal_one(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from .. import _native
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import locked, write_atomic
 from ..models import STUDENTS, TEACHERS, Teacher, load_teacher
 from ..models.checkpoints import Part, make_part
 from ..models.distilled import RUN_FILE, save_student
-from ..models.zoo import load_tokenizer
+from ..models.student import Student
+from ..models.zoo import load_tokenizer, teacher_name
 from ..pairs import Manifest, PairDataset, describe
 from ..training import RECIPES, Run, TrainConfig, Trainer, recipe
-from ..training.config import SCHEDULES, TIMESTEPS
+from ..training.config import DIGITS, SCHEDULES
 from ..training.distance import make_distance
 from ..training.monitor import tensorboard_installed
 from ..training.objective import Objective
@@ -78,13 +80,17 @@ def add_parser(commands: Any) -> None:
     how.add_argument("--recipe", choices=list(RECIPES), help="default: digits or paper-*, by the teacher")
     how.add_argument("--steps", type=int, metavar="N", help="optimiser steps")
     how.add_argument("--batch", type=int, metavar="B", help="pairs a step, over all ranks")
-    how.add_argument("--timesteps", metavar="LIST", help="groups trained on, from 0, e.g. 0,5 (default: the paper's)")
+    how.add_argument(
+        "--timesteps",
+        metavar="LIST",
+        help="groups trained on, from 0, e.g. 0,5 (default: the released student's, or 0)",
+    )
     how.add_argument("--lr", type=float, metavar="LR", help="peak learning rate for a batch of 256; scaled to --batch")
     how.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate, after the warm-up")
     how.add_argument("--warmup", type=int, metavar="N", help="steps of linear warm-up")
-    how.add_argument("--final-lr", type=float, metavar="X", help="share of the peak at which a cosine ends")
+    how.add_argument("--final-lr-ratio", type=float, metavar="X", help="share of the peak at which a cosine ends")
     how.add_argument("--weight-decay", type=float, metavar="X", help="of matrices")
-    how.add_argument("--clip", type=float, metavar="X", help="largest gradient norm")
+    how.add_argument("--clip-grad-norm", type=float, metavar="X", help="largest gradient norm")
     how.add_argument("--ema", type=float, metavar="X", help="decay of the moving average a step")
     how.add_argument(
         "--distance", choices=["lpips", "l2", "features"], help="lpips and features compare decoded images"
@@ -120,12 +126,16 @@ def add_parser(commands: Any) -> None:
     )
     run.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile; auto: on a GPU")
     run.add_argument(
-        "--recompute", action="store_true", help="activation checkpointing: less memory, a third more work"
+        "--activation-checkpointing", action="store_true", help="computes activations again: less memory, more work"
     )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (torchrun: one GPU a local rank)")
-    run.add_argument("--log-every", type=int, default=50, metavar="N", help="steps (default: 50)")
-    run.add_argument("--eval-every", type=int, metavar="N", help="steps between measurements (default: 5000)")
-    run.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 5000)")
+    run.add_argument(
+        "--log-every", type=int, default=50, metavar="N", help="steps between lines of figures (default: 50)"
+    )
+    run.add_argument(
+        "--eval-every", type=int, metavar="N", help="steps between measurements (default: a fifth of all, at most 5000)"
+    )
+    run.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: likewise)")
     run.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (default: 2)")
     run.add_argument("--samples", type=int, default=16, metavar="N", help="pictures in a grid (default: 16)")
     parser.set_defaults(func=train)
@@ -136,28 +146,32 @@ def train(args: argparse.Namespace) -> int:
         raise UserError("`ddfast train` needs either --pairs DIR or --online; see `ddfast train --help` for examples")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out} is not a folder; choose another --out")
-    config, run = chosen_config(args), chosen_run(args)
+    config = chosen_config(args)
+    run = chosen_run(args, config)
     device = choose_device(args.device)
+    with joined(device) as ranks:
+        run.pieces(config.batch, ranks.world)
+        return run_training(args, config, run, device, ranks)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a student is made of and from. A teacher of stored pairs is not part of it, and so is gone by then."""
+
+    student: Student
+    codebook: Tensor
+    source: Source
+    manifest: Manifest
+    identity: dict[str, Any]
+
+
+def gather(args: argparse.Namespace, config: TrainConfig, run: Run, device: torch.device, ranks: Ranks) -> Material:
+    """Load the teacher and the pairs; UserError where they do not fit each other or the configuration."""
     dataset = None if args.online else PairDataset(args.pairs)
     teacher = load_teacher(args.teacher, args.weights, args.tokenizer, torch.float32, device)
     config.check_timesteps(teacher.groups)
     if dataset is not None:
         check_pairs(args.pairs, dataset.manifest, teacher)
-    with joined(device) as ranks:
-        run.pieces(config.batch, ranks.world)
-        return run_training(args, config, run, teacher, dataset, ranks)
-
-
-def run_training(
-    args: argparse.Namespace, config: TrainConfig, run: Run, teacher: Teacher, dataset: PairDataset | None, ranks: Ranks
-) -> int:
-    """Put the parts together, train, and say what came of it."""
-    device, console = teacher.device, Console(stderr=True, quiet=not ranks.first)
-    vq: Part = load_tokenizer(args.teacher, args.tokenizer)
-    tokenizer: Any = vq.build(torch.float32, device)
-    distance = make_distance(
-        config.distance, tokenizer, lpips_weights=args.lpips_weights, features=args.features, device=device
-    )
     student = teacher.new_student(torch.Generator().manual_seed(config.seed), config.layerwise)
     codebook = teacher.codebook.detach().clone()
     source, manifest = pair_source(config, run, teacher, dataset, ranks)
@@ -165,16 +179,38 @@ def run_training(
         "teacher": teacher.name,
         "weights": teacher.weights_sha256,
         "pairs": manifest.checksum,
-        "features": args.features if config.distance == "features" else None,
+        "distance_network": network_hash(args),
         "online": str(teacher.dtype) if dataset is None else None,
     }
-    if dataset is not None:
-        del teacher
+    return Material(student, codebook, source, manifest, identity)
+
+
+def network_hash(args: argparse.Namespace) -> str | None:
+    """SHA-256 of the file with the distance's network, its name if it ships with ddfast, None if there is none."""
+    name = args.lpips_weights or args.features
+    if name is None or not Path(name).is_file():
+        return name
+    sha256 = hashlib.sha256()
+    with open(name, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def run_training(args: argparse.Namespace, config: TrainConfig, run: Run, device: torch.device, ranks: Ranks) -> int:
+    """Put the parts together, train, and say what came of it."""
+    console = Console(stderr=True, quiet=not ranks.first)
+    vq: Part = load_tokenizer(args.teacher, args.tokenizer)
+    tokenizer: Any = vq.build(torch.float32, device)
+    distance = make_distance(
+        config.distance, tokenizer, lpips_weights=args.lpips_weights, features=args.features, device=device
+    )
+    made = gather(args, config, run, device, ranks)
+    student, manifest, identity = made.student, made.manifest, made.identity
 
     def keep_student(weights: dict[str, Tensor]) -> None:
         part = make_part(student.kind, student.settings, weights, "the moving average")
-        last = len(student.groups)
-        split = last if config.split is None else config.split
+        split = config.split_of(student.groups)
         save_student(args.out / RUN_FILE, name, part, vq, config.timesteps, split, manifest.teacher)
 
     name = f"{manifest.teacher}-student"
@@ -186,8 +222,8 @@ def run_training(
             config,
             run,
             student,
-            source,
-            Objective(student, distance, codebook, config),
+            made.source,
+            Objective(student, distance, made.codebook, config),
             identity,
             images=lambda x: tokenizer.decode_embeddings(x).float(),
             keep_student=keep_student,
@@ -196,6 +232,7 @@ def run_training(
         )
         if ranks.first:
             args.out.mkdir(parents=True, exist_ok=True)
+            lock = locked(args.out)
             note = {"config": config.to_dict(), "run": {f.name: getattr(run, f.name) for f in fields(Run)}} | identity
             write_atomic(args.out / "config.json", (json.dumps(note, indent=1, sort_keys=True) + "\n").encode())
             if not tensorboard_installed():
@@ -206,6 +243,7 @@ def run_training(
         )
         measured = trainer.train()
     if ranks.first:
+        lock.close()
         print(f"{args.out}: {summary(config, measured)}; at most {trainer.memory()} of memory")
     return 0
 
@@ -232,36 +270,35 @@ def pair_source(
 
 
 def chosen_config(args: argparse.Namespace) -> TrainConfig:
-    """The recipe, with the values given on the command line in place of its own."""
-    name = args.recipe or default_recipe(args.teacher)
-    given: dict[str, Any] = {f.name: getattr(args, f.name, None) for f in fields(TrainConfig)}
-    given["timesteps"] = default_timesteps(args.teacher) if args.timesteps is None else parse_timesteps(args.timesteps)
-    return recipe(name, **{key: value for key, value in given.items() if value is not None})
+    """The recipe, what it leaves to the teacher, and the values given on the command line in place of both."""
+    teacher = teacher_name(args.teacher)
+    name = args.recipe or (TEACHERS[teacher].recipe if teacher in TEACHERS else None)
+    if name is None:
+        raise UserError(f"{args.teacher} is not in the zoo: say which --recipe of {', '.join(RECIPES)}")
+    released = {s.teacher: s.timesteps for s in STUDENTS.values()}
+    values: dict[str, Any] = {"timesteps": released.get(teacher, (0,))} | (
+        DIGITS.get(teacher, {}) if name == "digits" else {}
+    )
+    given = {f.name: getattr(args, f.name, None) for f in fields(TrainConfig)}
+    given["timesteps"] = None if args.timesteps is None else parse_timesteps(args.timesteps)
+    return recipe(name, **values | {key: value for key, value in given.items() if value is not None})
 
 
-def chosen_run(args: argparse.Namespace) -> Run:
-    cuda = choose_device(args.device).type == "cuda"
-    fastest = "bfloat16" if cuda or _native.multiplies_bfloat16() else "float32"
+def chosen_run(args: argparse.Namespace, config: TrainConfig) -> Run:
+    device = choose_device(args.device)
     names = {f.name for f in fields(Run)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    given["precision"] = fastest if args.precision == "auto" else args.precision
-    given["compile"] = cuda if args.compile == "auto" else args.compile == "on"
-    return Run(**given)
+    given["precision"] = fastest(device) if args.precision == "auto" else args.precision
+    given["compile"] = device.type == "cuda" if args.compile == "auto" else args.compile == "on"
+    often = max(1, min(5000, config.steps // 5))
+    return Run(**{"eval_every": often, "save_every": often} | given)
 
 
-def default_recipe(teacher: str) -> str:
-    """By the teacher's name in the zoo."""
-    if teacher.startswith("digits-"):
-        return "digits"
-    if teacher not in TEACHERS:
-        raise UserError(f"{teacher} is not in the zoo: say which --recipe of {', '.join(RECIPES)}")
-    return f"paper-{TEACHERS[teacher].family.lower()}"
-
-
-def default_timesteps(teacher: str) -> tuple[int, ...]:
-    """The released student's of this teacher, else 0 alone."""
-    released = {s.teacher: s.timesteps for s in STUDENTS.values()}
-    return TIMESTEPS.get(teacher) or released.get(teacher) or (0,)
+def fastest(device: torch.device) -> str:
+    """bfloat16 where the hardware multiplies it."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if _native.multiplies_bfloat16() else "float32"
 
 
 def parse_timesteps(text: str) -> tuple[int, ...]:
@@ -300,7 +337,9 @@ class Lines:
     def step(self, step: int, figures: dict[str, float]) -> None:
         text = ""
         if figures:
-            text = f"loss {figures['loss']:.4f}  {figures['pairs_per_s']:.4g} pairs/s  MFU {figures['mfu']:.0%}"
+            text = f"loss {figures['loss']:.4f}"
+            if "mfu" in figures:  # not at the first step, which warms up
+                text += f"  {figures['pairs_per_s']:.4g} pairs/s  MFU {figures['mfu']:.0%}"
         self.bar.update(self.task, completed=step, figures=text)
         if figures and figures is not self.shown and not self.console.is_terminal:
             self.shown = figures

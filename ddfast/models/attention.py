@@ -10,6 +10,7 @@ width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -72,7 +73,8 @@ def _dense(groups: tuple[int, ...], device: torch.device) -> Attend:
         scores = torch.baddbmm(
             hidden.to(v.dtype), q.to(v.dtype).flatten(0, 1), k.to(v.dtype).flatten(0, 1).mT, alpha=scale
         )
-        return (scores.softmax(-1) @ v.flatten(0, 1)).view(v.shape)
+        wide = torch.promote_types(v.dtype, torch.float32)  # rows of odd widths take five times as long in bfloat16
+        return (scores.to(wide).softmax(-1).to(v.dtype) @ v.flatten(0, 1)).view(v.shape)
 
     return attend
 
@@ -105,7 +107,7 @@ def _by_groups(groups: tuple[int, ...]) -> Attend:
         bounds.append((stop, stop := stop + n))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        flat = (t.to(v.dtype).flatten(0, 1) for t in (q, k, v))
+        flat = (t.flatten(0, 1) for t in (q, k, v))
         return _ByGroups.apply(*flat, bounds, scale).view(q.shape)  # type: ignore[no-untyped-call]
 
     return attend
@@ -115,60 +117,65 @@ class _ByGroups(torch.autograd.Function):
     """softmax over [q k_j for j < s, q k_self], a group at a time; scores are computed again for the gradient.
 
     With p the probabilities, o the output and g its gradient: dS = p (g v - g o), as in FlashAttention
-    (arXiv 2205.14135, Alg. 4); the position itself is one more key.
+    (arXiv 2205.14135, Alg. 4); the position itself is one more key. Scores, their gradient and all sums are float32;
+    probabilities meet values in the values' type.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q_NLd: Tensor, k_NLd: Tensor, v_NLd: Tensor, bounds: list[tuple[int, int]], scale: float
     ) -> Tensor:
-        q, k, v = (t.contiguous() for t in (q_NLd, k_NLd, v_NLd))
+        wide = torch.promote_types(v_NLd.dtype, torch.float32)
+        v = v_NLd.contiguous()
         out = v.clone()  # the first group sees only itself
-        self_NL1 = (torch.linalg.vecdot(q, k) * scale).unsqueeze(-1)
-        lse_NL1 = self_NL1.clone()
-        for rows, before, own, (scores, acc) in _walk(q, bounds, 1, q.shape[2]):
-            torch.baddbmm(scores, q[rows, own], k[rows, before].mT, beta=0, alpha=scale, out=scores)
-            self_score = self_NL1[rows, own]
-            most = torch.maximum(scores.amax(-1, keepdim=True), self_score)
-            scores.sub_(most).exp_()
-            weight = (self_score - most).exp_()
-            total = scores.sum(-1, keepdim=True).add_(weight)
-            torch.bmm(scores, v[rows, before], out=acc)
-            torch.div(acc.addcmul_(v[rows, own], weight), total, out=out[rows, own])
-            lse_NL1[rows, own] = most + total.log_()
-        ctx.save_for_backward(q, k, v, out, lse_NL1, self_NL1)
+        with torch.autocast(v.device.type, enabled=False) if v.device.type != "meta" else nullcontext():
+            q, k = q_NLd.to(wide).contiguous(), k_NLd.to(wide).contiguous()
+            self_NL1 = (torch.linalg.vecdot(q, k) * scale).unsqueeze(-1)
+            lse_NL1 = self_NL1.clone()
+            for rows, before, own, (scores, low) in _walk(v, bounds, (wide, v.dtype)):
+                torch.baddbmm(scores, q[rows, own], k[rows, before].mT, beta=0, alpha=scale, out=scores)
+                self_score = self_NL1[rows, own]
+                most = torch.maximum(scores.amax(-1, keepdim=True), self_score)
+                scores.sub_(most).exp_()
+                weight = (self_score - most).exp_()
+                total = scores.sum(-1, keepdim=True).add_(weight)
+                mixed = torch.bmm(low.copy_(scores), v[rows, before]).to(wide)
+                out[rows, own] = mixed.addcmul_(v[rows, own].to(wide), weight).div_(total)
+                lse_NL1[rows, own] = most + total.log_()
+        ctx.save_for_backward(q_NLd, k_NLd, v, out, lse_NL1, self_NL1)
         ctx.bounds, ctx.scale = bounds, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, self_NL1 = ctx.saved_tensors
-        scale, g = ctx.scale, gradients[0].contiguous()
+        q_NLd, k_NLd, v, out, lse, self_NL1 = ctx.saved_tensors
+        scale, low_g = ctx.scale, gradients[0].to(v.dtype).contiguous()
+        q, k, g = (t.to(lse.dtype).contiguous() for t in (q_NLd, k_NLd, low_g))
+        low_q, low_k = (t.to(v.dtype).contiguous() for t in (q_NLd, k_NLd))
         own_p = (self_NL1 - lse).exp_()
-        carried = torch.linalg.vecdot(g, out).unsqueeze(-1)
-        own_ds = (torch.linalg.vecdot(g, v).unsqueeze(-1) - carried).mul_(own_p).mul_(scale)
+        carried = torch.linalg.vecdot(g, out.to(lse.dtype)).unsqueeze(-1)
+        own_ds = (torch.linalg.vecdot(g, v.to(g.dtype)).unsqueeze(-1) - carried).mul_(own_p).mul_(scale)
         dq, dk, dv = k * own_ds, q * own_ds, g * own_p
-        for rows, before, own, (p, ds) in _walk(q, ctx.bounds, 2, 0):
+        for rows, before, own, (p, ds, low) in _walk(v, ctx.bounds, (lse.dtype, lse.dtype, v.dtype)):
             torch.baddbmm(p, q[rows, own], k[rows, before].mT, beta=0, alpha=scale, out=p)
             p.sub_(lse[rows, own]).exp_()
-            torch.bmm(g[rows, own], v[rows, before].mT, out=ds)
-            ds.sub_(carried[rows, own]).mul_(p).mul_(scale)
-            dq[rows, own] += torch.bmm(ds, k[rows, before])
-            dk[rows, before] += torch.bmm(ds.mT, q[rows, own])
-            dv[rows, before] += torch.bmm(p.mT, g[rows, own])
-        return dq, dk, dv, None, None
+            dv[rows, before] += torch.bmm(low.copy_(p).mT, low_g[rows, own])
+            torch.bmm(low_g[rows, own], v[rows, before].mT, out=low)
+            low.copy_(torch.sub(low, carried[rows, own], out=ds).mul_(p.mul_(scale)))
+            dq[rows, own] += torch.bmm(low, low_k[rows, before])
+            dk[rows, before] += torch.bmm(low.mT, low_q[rows, own])
+        return dq.to(q_NLd.dtype), dk.to(k_NLd.dtype), dv.to(v.dtype), None, None
 
 
-def _walk(q_NLd: Tensor, bounds: list[tuple[int, int]], square: int, wide: int) -> Any:
+def _walk(like_NLd: Tensor, bounds: list[tuple[int, int]], types: tuple[torch.dtype, ...]) -> Any:
     """Every group after the first, ``CHUNK`` scores at a time: (rows, positions before, own positions, buffers).
 
-    The buffers are ``square`` times [rows, n, s] and, with ``wide``, one [rows, n, wide].
+    There is a buffer [rows, n, s] for each of ``types``.
     """
-    count = len(q_NLd)
+    count = len(like_NLd)
     for start, stop in bounds[1:]:
         n, step = stop - start, max(1, min(count, CHUNK // ((stop - start) * start)))
-        widths = [start] * square + [wide] * (wide > 0)
-        buffers = [q_NLd.new_empty(step, n, w) for w in widths]
+        buffers = [like_NLd.new_empty(step, n, start, dtype=dtype) for dtype in types]
         for first in range(0, count, step):
             last = min(first + step, count)
             parts = tuple(b[: last - first] for b in buffers)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from .llamagen import LlamaGenConfig, LlamaGenTransformer
 from .student import EmbeddingHead, Student, add_marks
 
+INPUT_STD = 0.1  # of the input projection's weights
+
 
 @dataclass(frozen=True)
 class LlamaGenStudentConfig(LlamaGenConfig):
@@ -51,6 +53,7 @@ class LlamaGenStudent(Student, LlamaGenTransformer):  # type: ignore[misc]  # fo
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         LlamaGenTransformer.init_weights(self, generator)
+        nn.init.normal_(self.tok_embeddings.weight, std=INPUT_STD, generator=generator)
         self.tok_embeddings.bias.zero_()
         self.init_own(generator)
 
@@ -67,22 +70,14 @@ class LlamaGenStudent(Student, LlamaGenTransformer):  # type: ignore[misc]  # fo
         return self.output(self.norm(h_BnD))
 
     @torch.no_grad()
-    def init_with_teacher(
-        self, teacher: nn.Module, codebook: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> None:
+    def init_with_teacher(self, teacher: nn.Module, generator: torch.Generator | None = None) -> None:
         """Take over a :class:`LlamaGenTransformer`, key by key.
 
-        With ``codebook`` [V, C], the input projection starts as the least-squares map from its rows to the teacher's
-        token embeddings; without, it keeps its values.
+        The input projection, which no teacher has, keeps its values. (The least-squares map from codebook rows to the
+        teacher's token embeddings learns more slowly: noise comes out of it large.)
         """
         assert isinstance(teacher, LlamaGenTransformer)
         own = dict(self.named_parameters())
         for key, value in teacher.named_parameters():
             if key != "tok_embeddings.weight":
                 own[key].copy_(value)
-        if codebook is not None:
-            table = teacher.tok_embeddings.weight.double()
-            rows = torch.cat([codebook.double(), torch.ones_like(codebook[:, :1]).double()], dim=1)
-            solution = torch.linalg.lstsq(rows.cpu(), table.cpu(), driver="gelsd").solution
-            self.tok_embeddings.weight.copy_(solution[:-1].T)
-            self.tok_embeddings.bias.copy_(solution[-1])

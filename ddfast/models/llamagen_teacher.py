@@ -115,7 +115,7 @@ class LlamaGenTeacher(Teacher):
         config = LlamaGenStudentConfig(**asdict(self.transformer.config), codebook_dim=self.codebook.shape[1])
         student = LlamaGenStudent(config)
         student.init_weights(generator)
-        student.init_with_teacher(self.transformer, self.codebook, generator)
+        student.init_with_teacher(self.transformer, generator)
         return student.to(self.device)
 
     def _blocks(self) -> list[Block]:

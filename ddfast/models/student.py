@@ -9,7 +9,7 @@ Axes: B images, L tokens of an image, V codebook size, C codebook channels, D wi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
@@ -97,15 +97,13 @@ class Student(nn.Module, ABC):
         """Vocabulary logits [B, n, V] at any n positions."""
 
     @abstractmethod
-    def init_with_teacher(
-        self, teacher: nn.Module, codebook: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> None:
-        """Take over a teacher transformer's weights, key by key.
+    def init_with_teacher(self, teacher: nn.Module, generator: torch.Generator | None = None) -> None:
+        """Take over a teacher transformer's weights, key by key."""
 
-        Args:
-            codebook: [V, C]; where the teacher embeds token indices, the input projection then starts as the
-                least-squares map from codebook rows to those embeddings; None leaves it as it is.
-        """
+    def units(self) -> Iterator[tuple[nn.Module, str | None]]:
+        """What FSDP shards by itself, inner modules first, and a method beside ``forward`` that needs its weights."""
+        for block in self.stack:
+            yield block, None
 
     def embeddings(self, h_BnD: Tensor, cond_BD: Tensor) -> Tensor:
         """Codebook-space vectors [B, n, C] at any n positions."""

@@ -5,6 +5,7 @@ Axes: B images, L tokens of all scales, D width, V codebook size, C codebook cha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -62,6 +63,15 @@ class VARStudent(Student, VARTransformer):  # type: ignore[misc]  # forward is t
         VARTransformer.init_weights(self, generator)
         self.init_own(generator)
 
+    def units(self) -> Iterator[tuple[nn.Module, str | None]]:
+        """Modulations run before the blocks that they belong to."""
+        for block in self.blocks:
+            if self.settings.shared_aln:
+                yield block, "modulation"
+            else:
+                yield block.get_submodule("ada_lin"), None
+                yield block, None
+
     def cond(self, labels: Tensor) -> Tensor:
         return self.class_emb(labels)
 
@@ -86,9 +96,7 @@ class VARStudent(Student, VARTransformer):  # type: ignore[misc]  # forward is t
         return add_marks(self.run_blocks(run, x), *marks(len(self.blocks)))[:, 1:]
 
     @torch.no_grad()
-    def init_with_teacher(
-        self, teacher: nn.Module, codebook: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> None:
+    def init_with_teacher(self, teacher: nn.Module, generator: torch.Generator | None = None) -> None:
         """Take over a :class:`VARTransformer`, key by key. The condition has its first position and level; what is new
         for the first token is drawn from a normal distribution, as is the noise/data embedding.
 

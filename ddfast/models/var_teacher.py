@@ -171,7 +171,7 @@ class VARTeacher(Teacher):
     def new_student(self, generator: torch.Generator | None = None, layerwise: bool = True) -> VARStudent:
         student = VARStudent(VARStudentConfig(**asdict(self.transformer.config), layerwise=layerwise))
         student.init_weights(generator)
-        student.init_with_teacher(self.transformer, generator=generator)
+        student.init_with_teacher(self.transformer, generator)
         return student.to(self.device)
 
     def _blocks(self) -> list[Block]:

@@ -7,6 +7,7 @@ say how its training pairs were sampled), ``release`` is what the family's autho
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -65,6 +66,7 @@ class ZooTeacher:
         file: name of the released file, or of the bundled one.
         origin: who published it where.
         presets: named sampling settings; the first is the default.
+        recipe: name of its students' training settings (``ddfast.training.RECIPES``).
     """
 
     name: str
@@ -76,6 +78,7 @@ class ZooTeacher:
     file: str
     origin: str
     presets: Mapping[str, Sampling]
+    recipe: str
 
     @property
     def bundled(self) -> bool:
@@ -133,7 +136,9 @@ def _var(name: str, depth: int, file: str, **changes: Any) -> ZooTeacher:
         "release": Sampling(guidance=1.5, top_k=900, top_p=0.96),
     }
     tokenizer = replace(TOKENIZERS["var-vqvae"].config, patch_nums=config.patch_nums)
-    return ZooTeacher(name, "VAR", "var-transformer", config, "var-vqvae", tokenizer, file, VAR_ORIGIN, presets)
+    return ZooTeacher(
+        name, "VAR", "var-transformer", config, "var-vqvae", tokenizer, file, VAR_ORIGIN, presets, "paper-var"
+    )
 
 
 def _llamagen(size: str, side: int, layers: int, heads: int, dim: int, guidance: float) -> ZooTeacher:
@@ -146,14 +151,25 @@ def _llamagen(size: str, side: int, layers: int, heads: int, dim: int, guidance:
     tokenizer = replace(TOKENIZERS["llamagen-vq-16"].config, grid=grid)
     name, file = f"llamagen-{size.lower()}-{side}", f"c2i_{size}_{side}.pt"
     return ZooTeacher(
-        name, "LlamaGen", "llamagen-transformer", config, "llamagen-vq-16", tokenizer, file, LLAMAGEN_ORIGIN, presets
+        name,
+        "LlamaGen",
+        "llamagen-transformer",
+        config,
+        "llamagen-vq-16",
+        tokenizer,
+        file,
+        LLAMAGEN_ORIGIN,
+        presets,
+        "paper-llamagen",
     )
 
 
 def _digits(family: str, guidance: float, top_p: float) -> ZooTeacher:
     name = f"digits-{family.lower()}"
     presets = {"release": Sampling(guidance=guidance, top_k=0, top_p=top_p)}
-    return ZooTeacher(name, family, None, None, None, None, f"{name}.safetensors", "ships with ddfast", presets)
+    return ZooTeacher(
+        name, family, None, None, None, None, f"{name}.safetensors", "ships with ddfast", presets, "digits"
+    )
 
 
 TEACHERS = {
@@ -287,6 +303,13 @@ def nearest(name: str, known: Collection[str]) -> str:
     """The names that someone who wrote ``name`` may have meant, for an error."""
     near = difflib.get_close_matches(name, list(known), n=3)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+def teacher_name(name: str) -> str:
+    """The name that a teacher goes by: of the zoo, or what the bundle at the path ``name`` says."""
+    if Path(name).suffix != ".safetensors":
+        return known_teacher(name).name
+    return str(json.loads(read_safetensors(Path(name))[0].get("ddfast", "{}")).get("name", name))
 
 
 def load_teacher(

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..files import create_once
 from ..flow import Solver
 from ..models import Sampling, Teacher
+from ..records import differences
 
 FORMAT = 1
 FILE = "manifest.json"
@@ -174,14 +175,7 @@ def claim(folder: Path, manifest: Manifest) -> None:
 
 def require_same(folder: Path, there: Manifest, wanted: Manifest) -> None:
     """UserError naming every field in which a folder's manifest differs from the wanted one."""
-    lines = []
-    for field in fields(Manifest):
-        old, new = getattr(there, field.name), getattr(wanted, field.name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-            lines += [f"{field.name}.{k} is {old.get(k)}, not {new.get(k)}" for k in keys]
-        elif old != new:
-            lines.append(f"{field.name} is {old}, not {new}")
+    lines = differences(asdict(there), asdict(wanted))
     if lines:
         raise UserError(
             f"{folder} holds other pairs: " + "; ".join(lines) + ". Choose another --out, or the same settings"

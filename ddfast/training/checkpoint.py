@@ -1,9 +1,9 @@
 """Checkpoints of a run: one file each, whole or absent, from which training goes on bit for bit.
 
 ``checkpoints/step-NNNNNNNN.safetensors`` holds ``model.*``, ``ema.*``, ``exp_avg.*`` and ``exp_avg_sq.*`` in float32.
-Its metadata entry ``ddfast`` is a JSON object: format, step, what decides the run (``identity``), and the sums of
-figures not logged yet (``window``). The learning rate, the order of the pairs and their timesteps are functions of the
-step, so there is no more state than that.
+Its metadata entry ``ddfast`` is a JSON object: format, step, what decides the run (``identity``), what decides rounding
+alone (``how``), the sums of figures not logged yet (``window``), and a SHA-256 of the tensors. The learning rate, the
+order of the pairs and their timesteps are functions of the step, so there is no more state than that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import fsync_folder, remove_abandoned, writing
-from ..models.checkpoints import read_safetensors
+from ..models.checkpoints import content_hash, read_safetensors
+from ..records import differences
 from ..tensors import write_tensors
 
 FORMAT = 1
@@ -42,21 +43,24 @@ def save_checkpoint(
     folder: Path,
     step: int,
     identity: Mapping[str, Any],
+    how: Mapping[str, Any],
     window: Sequence[float],
     state: Mapping[str, Mapping[str, Tensor]],
     keep: int,
 ) -> None:
     """Write one and then delete all but the newest ``keep``.
 
-    ``state`` maps ``PARTS`` to tensors by parameter name; ``window`` are the sums of the figures not logged yet.
+    ``state`` maps ``PARTS`` to tensors by parameter name, ``how`` says what decides rounding alone, ``window`` are the
+    sums of the figures not logged yet.
     """
     assert tuple(state) == PARTS
     path = checkpoint_path(folder, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    note = json.dumps({"format": FORMAT, "step": step, "identity": identity, "window": list(window)}, sort_keys=True)
     tensors = {f"{part}.{name}": t for part, named in state.items() for name, t in named.items()}
+    note = {"format": FORMAT, "step": step, "identity": identity, "how": how, "window": list(window)}
+    note["sha256"] = content_hash(tensors)
     with writing(path, os.replace) as file:
-        write_tensors(file, tensors, note)
+        write_tensors(file, tensors, json.dumps(note, sort_keys=True))
     tidy(folder, keep)
     fsync_folder(path.parent)
 
@@ -70,9 +74,11 @@ def tidy(folder: Path, keep: int) -> None:
 
 
 def load_checkpoint(
-    folder: Path, step: int, identity: Mapping[str, Any]
-) -> tuple[dict[str, dict[str, Tensor]], list[float]]:
-    """Read one: what :func:`save_checkpoint` was given as ``state``, memory-mapped, and as ``window``.
+    folder: Path, step: int, identity: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, dict[str, Tensor]], list[float], dict[str, Any]]:
+    """Read one: what :func:`save_checkpoint` was given as ``state``, memory-mapped, as ``window`` and as ``how``.
+
+    ``shapes`` are the parameters', by name.
 
     Raises:
         UserError: it is damaged, or of a run with another ``identity``: the error names every field that differs.
@@ -83,34 +89,21 @@ def load_checkpoint(
         note = json.loads(metadata["ddfast"])
         if (note["format"], note["step"]) != (FORMAT, step):
             raise KeyError(f"format {note['format']}, step {note['step']}")
-        there, window = note["identity"], note["window"]
+        there, window, how, sha256 = (note[key] for key in ("identity", "window", "how", "sha256"))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is damaged or of another version of ddfast; delete it to go on from the one before ({error})"
         ) from error
-    require_same(folder, there, json.loads(json.dumps(identity)))
-    state: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition(".")
-        state[part][name] = tensor
-    return state, window
-
-
-def require_same(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """UserError naming every field in which a run's checkpoint differs from the wanted run."""
-    lines = []
-    for key in sorted({**there, **wanted}):
-        old, new = there.get(key), wanted.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += [
-                f"{key}.{k} is {old.get(k)}, not {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)
-            ]
-        elif old != new:
-            lines.append(f"{key} is {old}, not {new}")
+    lines = differences(there, json.loads(json.dumps(identity)))
     if lines:
         raise UserError(
-            f"{folder} holds a run of another configuration: "
-            + "; ".join(lines)
-            + ". Choose another --out, or the same "
-            "settings"
+            f"{folder} holds a run of another configuration: {'; '.join(lines)}. "
+            "Choose another --out, or the same settings"
         )
+    found = {key: tuple(t.shape) for key, t in tensors.items()}
+    if found != {f"{part}.{name}": shape for part in PARTS for name, shape in shapes.items()}:
+        raise UserError(f"{path} holds other weights than this student's; delete it to go on from the one before")
+    if content_hash(tensors) != sha256:
+        raise UserError(f"{path} is damaged: its checksum differs; delete it to go on from the one before")
+    state = {part: {name: tensors[f"{part}.{name}"] for name in shapes} for part in PARTS}
+    return state, window, how

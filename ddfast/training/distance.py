@@ -17,6 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
+from torch.utils.checkpoint import checkpoint
 
 from ..digits.classifier import FILE as CLASSIFIER_FILE
 from ..digits.classifier import load_classifier
@@ -27,6 +28,7 @@ from .lpips import MIN_SIDE, VGG_FILE, load_lpips
 
 NAMES = ("lpips", "l2", "features")
 CLASSIFIER = "digits-classifier"
+IMAGES = 8  # decoded at a time
 SAME = 0.01  # features that differ by less of the largest are the same up to rounding, TF32's too
 
 Extract = Callable[[Tensor], Tensor | Sequence[Tensor]]
@@ -56,7 +58,8 @@ class PerceptualDistance(Distance):
     """A network's distance between decoded images.
 
     Images are not clamped: a predicted pixel outside [0, 1] still has a gradient. The target's are not either, so that
-    equal embeddings are at distance 0. Everything is in float32, under autocast too.
+    equal embeddings are at distance 0. Everything is in float32, under autocast too. A tokenizer's activations are many
+    times the student's, so a few images at a time are decoded, and decoded again for the gradient.
 
     Args:
         tokenizer: one of ``ddfast.models``; its ``decode_continuous`` is used. Frozen here.
@@ -68,10 +71,14 @@ class PerceptualDistance(Distance):
         self.tokenizer, self.network = tokenizer.requires_grad_(False), network.requires_grad_(False)
 
     def __call__(self, predicted_BLC: Tensor, target_BLC: Tensor, unknown_BL: Tensor) -> Tensor:
+        parts = zip(predicted_BLC.float().split(IMAGES), target_BLC.detach().float().split(IMAGES), strict=True)
         with torch.autocast(predicted_BLC.device.type, enabled=False):
-            target = self._decode(target_BLC.detach().float())
-            out: Tensor = self.network(self._decode(predicted_BLC.float()), target)
-        return out
+            return torch.cat([checkpoint(self._some, *part, use_reentrant=False) for part in parts])
+
+    def _some(self, predicted: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            image = self._decode(target)
+        return self.network(self._decode(predicted), image)
 
 
 class FeatureDistance(nn.Module):

@@ -62,10 +62,11 @@ class Objective:
             nll = F.cross_entropy(logits.float().flatten(0, 1), pairs.tokens.flatten(), reduction="none")
             cross_entropy = (nll.view_as(unknown) * unknown).sum(1) / count_B
             predicted = torch.where(unknown.unsqueeze(2), embeddings.float(), target)
+            total = distance = torch.zeros_like(cross_entropy)
+            if self.config.ce_weight:  # a head that is not read gets no gradient, rather than one of zeros
+                total = self.config.ce_weight * cross_entropy
             if self.config.distance_weight:
                 distance = self.distance(predicted, target, unknown)
-            else:
-                distance = torch.zeros_like(cross_entropy)
+                total = total + self.config.distance_weight * distance
         hits = (logits.detach().argmax(-1) == pairs.tokens) & unknown
-        total = self.config.distance_weight * distance + self.config.ce_weight * cross_entropy
         return Losses(total, distance, cross_entropy, hits.sum(1) / count_B)

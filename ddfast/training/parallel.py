@@ -46,6 +46,12 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def most(self, values: Tensor) -> Tensor:
+        """The largest of each of ``values`` over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:
@@ -80,12 +86,10 @@ def parallelise(student: Student, way: str, ranks: Ranks, both_heads: bool) -> n
             raise UserError("--parallel fsdp needs several ranks: start it with torchrun, or drop it")
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        for block in student.stack:
-            if isinstance(modulation := getattr(block, "ada_lin", None), nn.Module):
-                fully_shard(modulation)  # VAR's run before the blocks do
-            fully_shard(block)
-            if hasattr(block, "ada_gss"):
-                register_fsdp_forward_method(block, "modulation")
+        for unit, method in student.units():
+            fully_shard(unit)
+            if method is not None:
+                register_fsdp_forward_method(unit, method)
         fully_shard(student)
         return student
     if ranks.world == 1:

@@ -34,9 +34,6 @@ def draw_timesteps(config: TrainConfig, step: int) -> Tensor:
 class Source(Protocol):
     """Pairs by step."""
 
-    @property
-    def manifest(self) -> Manifest: ...
-
     def batch(self, step: int, part: range) -> Pairs:
         """The pairs at places ``part`` of step ``step``'s batch, on the training device."""
         ...
@@ -51,7 +48,6 @@ class StoredPairs:
 
     def __init__(self, dataset: PairDataset, config: TrainConfig, device: torch.device) -> None:
         self.dataset, self.config, self.device = dataset, config, device
-        self.manifest = dataset.manifest
         self.count = len(dataset) - config.holdout
         if self.count < 1:
             raise UserError(
@@ -90,7 +86,7 @@ class OnlinePairs:
     i // batch; those after the last step are the holdout. ``micro`` are made at a time."""
 
     def __init__(self, teacher: Teacher, manifest: Manifest, config: TrainConfig, micro: int) -> None:
-        self.manifest, self.config = manifest, config
+        self.config = config
         self._decoder = PairDecoder(teacher, manifest, micro)
 
     def batch(self, step: int, part: range) -> Pairs:

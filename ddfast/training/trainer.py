@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError, WorkError
 from ..models.student import Student
 from ..pictures import grid
+from ..records import differences
 from .checkpoint import load_checkpoint, save_checkpoint, steps_saved, tidy
 from .config import TrainConfig
 from .monitor import Monitor, flops_a_pair, peak_flops
@@ -37,7 +38,7 @@ class Run:
         micro_batch: pairs in one forward pass of a rank; None for the rank's whole share of a batch.
         parallel: "ddp" or "fsdp", with several ranks.
         compile: torch.compile every block.
-        recompute: forget the blocks' activations and compute them again for the gradient.
+        activation_checkpointing: forget the blocks' activations and compute them again for the gradient.
         log_every, eval_every, save_every: steps between lines, measurements on the holdout, and checkpoints.
         keep: newest checkpoints that stay.
         samples: pictures in a grid, made at each measurement.
@@ -47,7 +48,7 @@ class Run:
     micro_batch: int | None = None
     parallel: str = "ddp"
     compile: bool = False
-    recompute: bool = False
+    activation_checkpointing: bool = False
     log_every: int = 50
     eval_every: int = 5000
     save_every: int = 5000
@@ -119,11 +120,17 @@ class Trainer:
         self.folder, self.config, self.run, self.ranks, self.report = folder, config, run, ranks, report
         self.student, self.source, self.objective = student, source, objective
         self.identity = identity | {"config": config.to_dict()}
+        self.how = {
+            "precision": run.precision,
+            "micro_batch": self.micro,
+            "ranks": ranks.world,
+            "parallel": run.parallel,
+        }
         self.images, self.keep_student = images, keep_student
         self.device = next(student.parameters()).device
         self.dtype = PRECISIONS[run.precision]
         self.flops = flops_a_pair(student)
-        student.recompute = run.recompute
+        student.recompute = run.activation_checkpointing
         if run.compile:
             for block in student.stack:
                 block.compile()
@@ -134,6 +141,8 @@ class Trainer:
         self.window = torch.zeros(len(FIGURES) + 1, dtype=torch.float64, device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.norm = torch.zeros((), device=self.device)
+        self.asked: list[bool] = []  # filled when someone asks to stop
+        self.told = torch.zeros((), device=self.device)  # on how many ranks that was so in the last step
         self.done = self.resume()
 
     def _adamw(self) -> torch.optim.AdamW:
@@ -173,17 +182,21 @@ class Trainer:
         figures: dict[str, float] = {}
         measured: dict[str, float] = {}
         begin, since = time.perf_counter(), step
-        with stopping() as asked:
+        with stopping() as self.asked:
             while step < config.steps:
+                told = self.told
                 self.step(step)
                 step += 1
                 last = step == config.steps
-                stop = self.agreed(asked, step)
+                # Ranks agree by the sum of the step before, which waits for no more than that.
+                stop = bool(self.asked) if self.ranks.world == 1 else bool(told)
+                if step == self.done + 1:
+                    begin, since = time.perf_counter(), step  # the first step compiles and warms up
                 if step % run.log_every == 0 or last:
                     figures = self.figures(step)
-                    seconds, done = time.perf_counter() - begin, step - since
-                    figures["pairs_per_s"] = done * config.batch / seconds
-                    figures["mfu"] = figures["pairs_per_s"] * self.flops / (peak * self.ranks.world)
+                    if step > since:
+                        figures["pairs_per_s"] = (step - since) * config.batch / (time.perf_counter() - begin)
+                        figures["mfu"] = figures["pairs_per_s"] * self.flops / (peak * self.ranks.world)
                     if monitor is not None:
                         monitor.scalars(step, **figures)
                     begin, since = time.perf_counter(), step
@@ -194,25 +207,18 @@ class Trainer:
                     self.save(step, monitor)
                     if stop and not last:
                         raise KeyboardInterrupt
-                if since != step and (step % run.eval_every == 0 or step % run.save_every == 0):
+                if step % run.eval_every == 0 or step % run.save_every == 0:
                     begin, since = time.perf_counter(), step  # speed is that of steps alone
         return measured
 
-    def agreed(self, asked: list[bool], step: int) -> bool:
-        """Whether to stop, the same on every rank; several ranks ask each other when they log."""
-        if self.ranks.world == 1:
-            return bool(asked)
-        if step % self.run.log_every:
-            return False
-        return bool(self.ranks.total(torch.tensor(float(bool(asked)), device=self.device)))
-
     def step(self, step: int) -> None:
-        """One optimiser step on step ``step``'s batch; waits for no device."""
+        """One optimiser step on step ``step``'s batch; waits for no device, unless the teacher makes the pairs."""
         config, ranks = self.config, self.ranks
         self.student.train()
         self.optimizer.zero_grad(set_to_none=True)
         t_all, mine = draw_timesteps(config, step), ranks.part(config.batch)
-        sums = torch.zeros(len(FIGURES), device=self.device)
+        sums = torch.zeros(len(FIGURES) + 1, device=self.device)
+        sums[-1] = float(bool(self.asked))
         for i in range(self.accumulate):
             part = range(mine.start + i * self.micro, mine.start + (i + 1) * self.micro)
             pairs = self.source.batch(step, part)
@@ -221,8 +227,8 @@ class Trainer:
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                     losses = self.objective(self.model, pairs, t_B)
                 (losses.total.sum() * (ranks.world / config.batch)).backward()
-            sums += losses.sums()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.clip)
+            sums[:-1] += losses.sums()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.clip_grad_norm)
         self.norm = whole(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = config.rate(step)
@@ -231,7 +237,7 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.parameters.items():
                 self.ema[name].lerp_(p, 1 - decay)
-        sums = ranks.total(sums)
+        sums, self.told = ranks.total(sums)[:-1], sums[-1]
         fine = sums.isfinite().all() & self.norm.isfinite()
         self.first_bad.masked_fill_((self.first_bad < 0) & ~fine, step + 1)
         self.window[:-1] += sums
@@ -252,25 +258,28 @@ class Trainer:
             saved = steps_saved(self.folder)
             rest = f"the checkpoint of step {saved[-1]} is sound" if saved else "no checkpoint was written yet"
             raise WorkError(
-                f"the loss or its gradient is not finite at step {bad}; {rest}. Try a smaller --lr, a longer --warmup "
-                "or --precision float32, in another --out"
+                f"the loss or its gradient is not finite at step {bad}; {rest}. Go on from there with --precision "
+                "float32, or begin in another --out with a smaller --lr or a longer --warmup"
             )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """A scope in which the student has its average's weights."""
-        with torch.no_grad():
-            own = {name: p.detach().clone() for name, p in self.parameters.items()}
-            for name, p in self.parameters.items():
-                p.copy_(self.ema[name])
+        self._swap()
         self.student.eval()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, p in self.parameters.items():
-                    p.copy_(own[name])
+            self._swap()
             drop_gathered(self.model)
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Weights and average change places, one at a time."""
+        for name, p in self.parameters.items():
+            own = p.detach().clone()
+            p.copy_(self.ema[name])
+            self.ema[name].copy_(own)
 
     @torch.no_grad()
     def measure(self, step: int, monitor: Monitor | None) -> dict[str, float]:
@@ -312,7 +321,7 @@ class Trainer:
         if monitor is None:
             return
         codebook, starts = self.objective.codebook, self.student.starts()
-        split = starts[len(starts) - 1 if self.config.split is None else self.config.split]
+        split = starts[self.config.split_of(self.student.groups)]
         x = torch.cat([codebook[logits[:, :split].argmax(-1)], embeddings[:, split:].float()], dim=1)
         teacher, student = self.images(codebook[pairs.tokens]), self.images(x)
         columns = min(count, 8)
@@ -334,7 +343,10 @@ class Trainer:
         moments = {name: self.optimizer.state[p] for name, p in self.parameters.items()}
         state: dict[str, dict[str, Tensor]] = {"model": dict(self.parameters), "ema": dict(self.ema)}
         for part in ("exp_avg", "exp_avg_sq"):  # a head that the loss does not read has none
-            state[part] = {name: moments[name].get(part, torch.zeros_like(p)) for name, p in self.parameters.items()}
+            state[part] = {
+                name: moments[name][part] if part in moments[name] else torch.zeros_like(p)
+                for name, p in self.parameters.items()
+            }
         if self.run.parallel == "fsdp":
             for named in state.values():
                 for name, t in named.items():
@@ -344,16 +356,19 @@ class Trainer:
             monitor.sync()
             window = self.window.tolist()
             self.keep_student({name: t.detach() for name, t in state["ema"].items()})
-            save_checkpoint(self.folder, step, self.identity, window, state, self.run.keep)
+            save_checkpoint(self.folder, step, self.identity, self.how, window, state, self.run.keep)
         self.ranks.wait()
 
     def resume(self) -> int:
         """Take over the newest checkpoint, if there is one; returns the steps that are done."""
-        saved = steps_saved(self.folder)
-        if not saved:
+        step = max(steps_saved(self.folder), default=0)
+        here = torch.tensor([step, -step], device=self.device)
+        if self.ranks.most(here).tolist() != [step, -step]:
+            raise UserError(f"the ranks see different checkpoints in {self.folder}; --out must be a folder they share")
+        if not step:
             return 0
-        step = saved[-1]
-        state, window = load_checkpoint(self.folder, step, self.identity)
+        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        state, window, how = load_checkpoint(self.folder, step, self.identity, shapes)
         for name, p in self.parameters.items():
             assign(p, state["model"][name])
             assign(self.ema[name], state["ema"][name])
@@ -365,7 +380,8 @@ class Trainer:
         self.window.copy_(torch.tensor(window, dtype=torch.float64))
         if self.ranks.first:
             tidy(self.folder, self.run.keep)
-        self.report.say(f"going on from step {step}")
+        changed = "".join(f"; {line}, so sums are rounded otherwise" for line in differences(how, self.how))
+        self.report.say(f"going on from step {step}{changed}")
         return step
 
     def memory(self) -> str:
