@@ -16,7 +16,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.export.passes import move_to_device_pass
 from torch.utils.checkpoint import checkpoint
 
 from ..digits.classifier import FILE as CLASSIFIER_FILE
@@ -118,6 +117,8 @@ class ClassifierFeatures(nn.Module):
 
 def load_program(path: Path, device: torch.device | str) -> nn.Module:
     """A network saved by ``torch.export.save``, frozen, on ``device``. UserError when the file is no such thing."""
+    from torch.export.passes import move_to_device_pass  # takes a second to import
+
     require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:

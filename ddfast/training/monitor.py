@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..files import write_atomic
 from ..models.student import Student
@@ -34,6 +33,8 @@ def flops_a_pair(student: Student) -> float:
 
     What is computed again (attention's scores, checkpointed activations) does not count.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     with torch.device("meta"):
         twin = type(student)(student.settings).to("meta")  # tables that no file holds are made on the CPU
         labels, x = torch.zeros(1, dtype=torch.long), torch.zeros(1, student.num_tokens, student.channels)

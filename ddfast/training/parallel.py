@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import UserError
 from ..models.student import Student
@@ -121,14 +120,17 @@ def drop_gathered(model: nn.Module) -> None:
 
 def whole(t: Tensor) -> Tensor:
     """A parameter's or state's full value; every rank must ask."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    gathered: Callable[[], Tensor] | None = getattr(t, "full_tensor", None)
+    return t if gathered is None else gathered()
 
 
 @torch.no_grad()
 def assign(t: Tensor, value: Tensor) -> None:
     """Write a full value to a parameter or state, in place."""
     value = value.to(device=t.device, dtype=t.dtype)
-    if isinstance(t, DTensor):
-        t.copy_(distribute_tensor(value, t.device_mesh, t.placements))
-    else:
-        t.copy_(value)
+    if hasattr(t, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor  # takes a second to import
+
+        shared: Any = t
+        value = distribute_tensor(value, shared.device_mesh, shared.placements)
+    t.copy_(value)
