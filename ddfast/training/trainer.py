@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, WorkError
+from ..heap import keep_freed_memory
 from ..models.student import Student
 from ..pictures import grid
 from ..records import differences
@@ -128,6 +129,8 @@ class Trainer:
         }
         self.images, self.keep_student = images, keep_student
         self.device = next(student.parameters()).device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = PRECISIONS[run.precision]
         self.flops = flops_a_pair(student)
         student.recompute = run.activation_checkpointing
