@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddfast import ops
-from ddfast.models import Teacher, load_teacher
+from ddfast.models import TEACHERS, Teacher, load_teacher
 from ddfast.models.student import Student
 from ddfast.pairs import Pairs
 from ddfast.training import Run, Trainer, recipe
@@ -64,7 +64,7 @@ class Quiet:
 @contextmanager
 def trainer_of(teacher: Teacher, batch: int, run: Run) -> Iterator[Trainer]:
     """A trainer of a new student of ``teacher``, whose transformer may be gone afterwards."""
-    name = "digits" if teacher.name.startswith("digits") else "paper-" + teacher.name.split("-")[0]
+    name = TEACHERS[teacher.name].recipe
     config = recipe(name, TIMESTEPS[teacher.name], batch=batch, steps=1_000_000, distance="l2")
     student = teacher.new_student(torch.Generator().manual_seed(0))
     tokenizer = teacher._tokenizer
@@ -116,7 +116,7 @@ class Products:
         self.gflop = sum(6e-9 * m * k * n * count for (m, k, n), count in self.shapes.items()) * self.times
 
     def __call__(self) -> float:
-        """Seconds: every shape is timed once, the median of three, and counts as often as it occurs."""
+        """Seconds: every shape is timed four times, a cold one included, and its median counts as often as it occurs."""
         total = 0.0
         for (m, k, n), count in self.shapes.items():
             x, w, g = (torch.randn(*s, device=self.device).to(self.dtype) for s in ((m, k), (n, k), (m, n)))

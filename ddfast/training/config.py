@@ -128,7 +128,8 @@ PAPER = TrainConfig(
     weight_decay=0.05,
     clip_grad_norm=2.0,
 )
-"""Loss, timesteps, betas and decay of the average as in the paper; what it leaves open as the teachers were trained."""
+"""Loss, its weights and betas as in the paper. Steps, batch, rate, decay and clipping are common settings for training
+such teachers, not the authors', whose training was not released."""
 
 RECIPES = {
     "paper-var": PAPER,
@@ -151,7 +152,7 @@ DIGITS: dict[str, dict[str, Any]] = {
     "digits-var": {"timesteps": (0, 2), "steps": 950},
     "digits-llamagen": {"timesteps": (0, 5), "steps": 1500},
 }
-"""What the recipe leaves to the bundled teacher: three CPU-minutes each. The released students are in the zoo."""
+"""What the recipe leaves to the bundled teacher. The released students are in the zoo."""
 
 
 def recipe(name: str, timesteps: tuple[int, ...], **changes: Any) -> TrainConfig:

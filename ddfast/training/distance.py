@@ -27,7 +27,7 @@ from .lpips import MIN_SIDE, VGG_FILE, load_lpips
 
 NAMES = ("lpips", "l2", "features")
 CLASSIFIER = "digits-classifier"
-IMAGES = 8  # decoded at a time
+PIXELS = 8 * 256 * 256  # decoded at a time
 SAME = 0.01  # features that differ by less of the largest are the same up to rounding, TF32's too
 
 Extract = Callable[[Tensor], Tensor | Sequence[Tensor]]
@@ -70,7 +70,8 @@ class PerceptualDistance(Distance):
         self.tokenizer, self.network = tokenizer.requires_grad_(False), network.requires_grad_(False)
 
     def __call__(self, predicted_BLC: Tensor, target_BLC: Tensor, unknown_BL: Tensor) -> Tensor:
-        parts = zip(predicted_BLC.float().split(IMAGES), target_BLC.detach().float().split(IMAGES), strict=True)
+        some = max(1, PIXELS // cast(int, self.tokenizer.image_size) ** 2)
+        parts = zip(predicted_BLC.float().split(some), target_BLC.detach().float().split(some), strict=True)
         with torch.autocast(predicted_BLC.device.type, enabled=False):
             return torch.cat([checkpoint(self._some, *part, use_reentrant=False) for part in parts])
 

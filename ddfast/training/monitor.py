@@ -29,9 +29,10 @@ DATASHEET = {
 
 
 def flops_a_pair(student: Student) -> float:
-    """Floating-point operations of one pair's forward and backward pass: matrix products, attention as it is needed.
+    """Floating-point operations of one pair's forward and backward pass, those of all matrix products of the student.
 
-    What is computed again (attention's scores, checkpointed activations) does not count.
+    Attention counts as the forward pass computes it: by groups where that is its form, else with every key, causal too.
+    What is computed again (attention's scores, checkpointed activations) and the loss's decoder do not count.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
