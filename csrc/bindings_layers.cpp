@@ -96,6 +96,36 @@ void scale_rows(uintptr_t product, uintptr_t scale, uintptr_t bias, bool gelu, i
         {at<float>(product), at<float>(scale), at<float>(bias), gelu, rows, width, at<void>(out), half});
 }
 
+void gelu(uintptr_t x, uintptr_t dy, int64_t count, uintptr_t out, bool half) {
+    ddfast::cpu::gelu({at<void>(x), at<void>(dy), count, at<void>(out), half});
+}
+
+void norm_gradient(uintptr_t x, uintptr_t dy, uintptr_t scale, int64_t scale_stride, float eps, int64_t rows, int64_t n,
+                   int64_t dim, uintptr_t dx, uintptr_t sums, bool half) {
+    ddfast::cpu::norm_gradient({at<float>(x), at<void>(dy), at<float>(scale), scale_stride, eps, rows, n, dim,
+                                at<float>(dx), at<float>(sums), half});
+}
+
+void gate(uintptr_t x, uintptr_t branch, uintptr_t gate, int64_t gate_stride, int64_t rows, int64_t n, int64_t dim,
+          uintptr_t out, uintptr_t dbranch, uintptr_t sums, bool half) {
+    ddfast::cpu::gate({at<float>(x), at<void>(branch), at<float>(gate), gate_stride, rows, n, dim, at<float>(out),
+                       at<void>(dbranch), at<float>(sums), half});
+}
+
+void split_heads(uintptr_t qkv, uintptr_t scale, int64_t rows, int64_t n, int64_t heads, int64_t width, uintptr_t q,
+                 uintptr_t k, uintptr_t v, uintptr_t dqkv, uintptr_t sums, bool half) {
+    ddfast::cpu::split_heads({at<void>(qkv), at<float>(scale), rows, n, heads, width, at<float>(q), at<float>(k),
+                              at<void>(v), at<void>(dqkv), at<float>(sums), half});
+}
+
+void softmax_rows(uintptr_t scores, int64_t batch, int64_t n, int64_t keys, int64_t stride, uintptr_t own_score,
+                  uintptr_t own, uintptr_t lse, uintptr_t dp, uintptr_t carried, float factor, uintptr_t p,
+                  uintptr_t ds, bool half) {
+    ddfast::cpu::softmax_rows({at<float>(scores), batch, n, keys, stride, at<float>(own_score), at<float>(own),
+                               at<float>(lse), at<void>(dp), at<float>(carried), factor, at<void>(p), at<void>(ds),
+                               half});
+}
+
 }  // namespace
 
 void bind_layers(py::module_& module) {
@@ -111,4 +141,10 @@ void bind_layers(py::module_& module) {
     bind("quantizer_step_cpu", &quantizer_step);
     bind("quantize_rows_cpu", &quantize_rows);
     bind("scale_rows_cpu", &scale_rows);
+    module.def("parts_of", &ddfast::cpu::parts_of);
+    bind("gelu_cpu", &gelu);
+    bind("norm_gradient_cpu", &norm_gradient);
+    bind("gate_cpu", &gate);
+    bind("split_heads_cpu", &split_heads);
+    bind("softmax_rows_cpu", &softmax_rows);
 }

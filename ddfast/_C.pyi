@@ -145,6 +145,64 @@ def quantize_rows_cpu(x: int, rows: int, width: int, codes: int, scale: int, hal
 def scale_rows_cpu(
     product: int, scale: int, bias: int, gelu: bool, rows: int, width: int, out: int, half: bool
 ) -> None: ...
+def parts_of(positions: int) -> int: ...
+def gelu_cpu(x: int, dy: int, count: int, out: int, half: bool) -> None: ...
+def norm_gradient_cpu(
+    x: int,
+    dy: int,
+    scale: int,
+    scale_stride: int,
+    eps: float,
+    rows: int,
+    n: int,
+    dim: int,
+    dx: int,
+    sums: int,
+    half: bool,
+) -> None: ...
+def gate_cpu(
+    x: int,
+    branch: int,
+    gate: int,
+    gate_stride: int,
+    rows: int,
+    n: int,
+    dim: int,
+    out: int,
+    dbranch: int,
+    sums: int,
+    half: bool,
+) -> None: ...
+def split_heads_cpu(
+    qkv: int,
+    scale: int,
+    rows: int,
+    n: int,
+    heads: int,
+    width: int,
+    q: int,
+    k: int,
+    v: int,
+    dqkv: int,
+    sums: int,
+    half: bool,
+) -> None: ...
+def softmax_rows_cpu(
+    scores: int,
+    batch: int,
+    n: int,
+    keys: int,
+    stride: int,
+    own_score: int,
+    own: int,
+    lse: int,
+    dp: int,
+    carried: int,
+    factor: float,
+    p: int,
+    ds: int,
+    half: bool,
+) -> None: ...
 
 # Bodies of the CUDA kernels on the host: the numbers of a job, in the order of csrc/bindings_cuda.cpp.
 def add_layer_norm_host(*job: float) -> None: ...

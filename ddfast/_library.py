@@ -40,6 +40,11 @@ Operation = Literal[
     "quantizer_step",
     "quantize_rows",
     "scale_rows",
+    "gelu",  # from here on with gradients: ddfast.models.fused runs them
+    "modulated_norm",
+    "gated_sum",
+    "normed_heads",
+    "softmax_rows",
 ]
 _forced: Backend | None = None
 

@@ -254,6 +254,36 @@ void quantize_rows(const QuantizeJob& job) {
     for (int64_t row = 0; row < job.rows; ++row) quantize_row(job, row);
 }
 
+void gelu(const GeluJob& job) {
+    const auto gelu_part = current().layers->gelu_part;
+    constexpr int64_t kValues = 1 << 13;  // a task
+    const int64_t tasks = (job.count + kValues - 1) / kValues;
+#pragma omp parallel for schedule(static) if (much(job.count / 2))
+    for (int64_t task = 0; task < tasks; ++task)
+        gelu_part(job, task * kValues, std::min((task + 1) * kValues, job.count));
+}
+
+// Calls part(job, row, part) for all parts of all rows.
+template <class Job>
+static void for_parts(const Job& job, void (*part)(const Job&, int64_t, int64_t), int64_t values) {
+    const int64_t parts = parts_of(job.n), tasks = job.rows * parts;
+#pragma omp parallel for schedule(static) if (much(job.rows * job.n * values / 4))
+    for (int64_t task = 0; task < tasks; ++task) part(job, task / parts, task % parts);
+}
+
+void norm_gradient(const NormGradientJob& job) { for_parts(job, current().layers->norm_gradient_part, job.dim); }
+
+void gate(const GateJob& job) { for_parts(job, current().layers->gate_part, job.dim); }
+
+void split_heads(const HeadsJob& job) { for_parts(job, current().layers->split_heads_part, 3 * job.heads * job.width); }
+
+void softmax_rows(const SoftmaxJob& job) {
+    const auto softmax_row = current().layers->softmax_row;
+    const int64_t rows = job.batch * job.n;
+#pragma omp parallel for schedule(static) if (much(rows * job.keys / 2))
+    for (int64_t row = 0; row < rows; ++row) softmax_row(job, row);
+}
+
 void scale_rows(const ScaleJob& job) {
     const auto scale_row = current().layers->scale_row;
 #pragma omp parallel for schedule(static) if (much(job.rows * job.width / 4))

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "training.h"
+
 namespace ddfast::cpu {
 
 // x += gate * branch or x += branch, then out = layer_norm(x) * (1 + scale) + shift or rms_norm(x) * weight.
@@ -102,6 +104,12 @@ struct LayerKernels {
     int64_t (*quantize_floats)(const QuantizerJob& job);
     void (*quantize_row)(const QuantizeJob& job, int64_t row);
     void (*scale_row)(const ScaleJob& job, int64_t row);
+    // Of training.h. A part is kPart positions of an image.
+    void (*gelu_part)(const GeluJob& job, int64_t first, int64_t last);
+    void (*norm_gradient_part)(const NormGradientJob& job, int64_t row, int64_t part);
+    void (*gate_part)(const GateJob& job, int64_t row, int64_t part);
+    void (*split_heads_part)(const HeadsJob& job, int64_t row, int64_t part);
+    void (*softmax_row)(const SoftmaxJob& job, int64_t row);
 };
 
 extern const LayerKernels baseline_layer_kernels;

@@ -7,6 +7,19 @@
 namespace ddfast::cpu {
 namespace {
 
+// 1 / sqrt(variance + eps)
+DDFAST_INLINE float inverse_deviation(const float* x, int64_t dim, float mean, float eps) {
+    Vec squares{};
+    const int64_t whole = dim / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        const Vec off = read(x + i) - mean;
+        squares += off * off;
+    }
+    float square = sum_lanes(squares);
+    for (int64_t i = whole; i < dim; ++i) square += (x[i] - mean) * (x[i] - mean);
+    return 1.0f / __builtin_sqrtf(square / dim + eps);
+}
+
 template <class T>
 void norm_row(const NormJob& job, int64_t row) {
     const int64_t dim = job.dim, group = row / job.per;
@@ -26,15 +39,7 @@ void norm_row(const NormJob& job, int64_t row) {
         for_lanes(dim, [&](int64_t i, const auto& get, const auto&) { sum += get(x + i); });
     }
     const float mean = job.scale ? sum_lanes(sum) / dim : 0.0f;
-    Vec squares{};
-    const int64_t whole = dim / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-        const Vec off = read(x + i) - mean;
-        squares += off * off;
-    }
-    float square = sum_lanes(squares);
-    for (int64_t i = whole; i < dim; ++i) square += (x[i] - mean) * (x[i] - mean);
-    const float factor = 1.0f / __builtin_sqrtf(square / dim + job.eps);
+    const float factor = inverse_deviation(x, dim, mean, job.eps);
     if (job.scale) {
         const float* scale = job.scale + group * job.scale_stride;
         const float* shift = job.shift + group * job.shift_stride;
@@ -68,8 +73,8 @@ void swiglu(const SwigluJob& job, int64_t row) {
 void swiglu_row(const SwigluJob& job, int64_t row) { job.half ? swiglu<Bfloat16>(job, row) : swiglu<float>(job, row); }
 
 // to = from * factor / |from|
-template <class T>
-DDFAST_INLINE void normed(const T* from, T* to, int64_t width, float factor) {
+template <class T, class U>
+DDFAST_INLINE void normed(const T* from, U* to, int64_t width, float factor) {
     Vec squares{};
     for_lanes(width, [&](int64_t i, const auto& get, const auto&) {
         const Vec v = get(from + i);

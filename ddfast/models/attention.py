@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import fused
+
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """``attend(q, k, v, scale)``: each [B, H, L, d] to [B, H, L, d]."""
 
@@ -131,39 +133,32 @@ class _ByGroups(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False) if v.device.type != "meta" else nullcontext():
             q, k = q_NLd.to(wide).contiguous(), k_NLd.to(wide).contiguous()
             self_NL1 = (torch.linalg.vecdot(q, k) * scale).unsqueeze(-1)
-            lse_NL1 = self_NL1.clone()
+            lse_NL1, own_p = self_NL1.clone(), torch.ones_like(self_NL1)
             for rows, before, own, (scores, low) in _walk(v, bounds, (wide, v.dtype)):
                 torch.baddbmm(scores, q[rows, own], k[rows, before].mT, beta=0, alpha=scale, out=scores)
-                self_score = self_NL1[rows, own]
-                most = torch.maximum(scores.amax(-1, keepdim=True), self_score)
-                scores.sub_(most).exp_()
-                weight = (self_score - most).exp_()
-                total = scores.sum(-1, keepdim=True).add_(weight)
-                mixed = torch.bmm(low.copy_(scores), v[rows, before]).to(wide)
-                out[rows, own] = mixed.addcmul_(v[rows, own].to(wide), weight).div_(total)
-                lse_NL1[rows, own] = most + total.log_()
-        ctx.save_for_backward(q_NLd, k_NLd, v, out, lse_NL1, self_NL1)
+                fused.softmax_rows(scores, self_NL1[rows, own], low, own_p[rows, own], lse_NL1[rows, own])
+                mixed = torch.bmm(low, v[rows, before])
+                torch.addcmul(mixed, v[rows, own], own_p[rows, own].to(v.dtype), out=out[rows, own])
+        ctx.save_for_backward(q_NLd, k_NLd, v, out, lse_NL1, own_p)
         ctx.bounds, ctx.scale = bounds, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q_NLd, k_NLd, v, out, lse, self_NL1 = ctx.saved_tensors
+        q_NLd, k_NLd, v, out, lse, own_p = ctx.saved_tensors
         scale, low_g = ctx.scale, gradients[0].to(v.dtype).contiguous()
         q, k, g = (t.to(lse.dtype).contiguous() for t in (q_NLd, k_NLd, low_g))
         low_q, low_k = (t.to(v.dtype).contiguous() for t in (q_NLd, k_NLd))
-        own_p = (self_NL1 - lse).exp_()
         carried = torch.linalg.vecdot(g, out.to(lse.dtype)).unsqueeze(-1)
         own_ds = (torch.linalg.vecdot(g, v.to(g.dtype)).unsqueeze(-1) - carried).mul_(own_p).mul_(scale)
         dq, dk, dv = k * own_ds, q * own_ds, g * own_p
-        for rows, before, own, (p, ds, low) in _walk(v, ctx.bounds, (lse.dtype, lse.dtype, v.dtype)):
-            torch.baddbmm(p, q[rows, own], k[rows, before].mT, beta=0, alpha=scale, out=p)
-            p.sub_(lse[rows, own]).exp_()
-            dv[rows, before] += torch.bmm(low.copy_(p).mT, low_g[rows, own])
-            torch.bmm(low_g[rows, own], v[rows, before].mT, out=low)
-            low.copy_(torch.sub(low, carried[rows, own], out=ds).mul_(p.mul_(scale)))
-            dq[rows, own] += torch.bmm(low, low_k[rows, before])
-            dk[rows, before] += torch.bmm(low.mT, low_q[rows, own])
+        for rows, before, own, (scores, p, ds) in _walk(v, ctx.bounds, (lse.dtype, v.dtype, v.dtype)):
+            torch.baddbmm(scores, q[rows, own], k[rows, before].mT, beta=0, alpha=scale, out=scores)
+            torch.bmm(low_g[rows, own], v[rows, before].mT, out=ds)
+            fused.softmax_rows_gradient(scores, lse[rows, own], ds, carried[rows, own], scale, p)
+            dv[rows, before] += torch.bmm(p.mT, low_g[rows, own])
+            dq[rows, own] += torch.bmm(ds, low_k[rows, before])
+            dk[rows, before] += torch.bmm(ds.mT, low_q[rows, own])
         return dq.to(q_NLd.dtype), dk.to(k_NLd.dtype), dv.to(v.dtype), None, None
 
 

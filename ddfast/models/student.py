@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
+from . import fused
 from .attention import Attend, grouped
 
 HEAD_EPS = 1e-6
@@ -46,7 +47,7 @@ class EmbeddingHead(nn.Module):
 
     def forward(self, h_BnD: Tensor, cond_BD: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + cond_BD.unsqueeze(1)).unsqueeze(2).unbind(1)
-        return self.linear(F.layer_norm(h_BnD, h_BnD.shape[-1:], eps=HEAD_EPS) * (1 + scale) + shift)
+        return self.linear(fused.modulated_norm(h_BnD, scale, shift, HEAD_EPS))
 
 
 class Student(nn.Module, ABC):
