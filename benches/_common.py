@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import time
@@ -73,6 +74,14 @@ def compare(
             run()
             seconds[name].append(clock() - begin)
     return {name: {"min_s": min(all_[1:]), "median_s": median(all_[1:])} for name, all_ in seconds.items()}
+
+
+def free(device: torch.device) -> None:
+    """Give back what nobody refers to, and count the most memory anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def finish(figures: dict[str, Any], out: Path) -> None:

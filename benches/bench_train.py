@@ -162,7 +162,7 @@ def timed_steps(teacher: Teacher, batch: int, run: Run, rounds: int, steps: int 
             "micro_batch": trainer.micro,
             "precision": run.precision,
             "compile": run.compile,
-            "recompute": run.activation_checkpointing,
+            "activation_checkpointing": run.activation_checkpointing,
             "rounds": rounds,
             "steps": steps * rounds,
             "s_per_step": median(seconds),

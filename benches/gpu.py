@@ -34,8 +34,8 @@ from typing import Any
 import gpu_pairs
 import gpu_train
 import torch
-from _common import RESULTS, finish, hardware
-from gpu_cases import Case, Clock, all_cases, measure_case, measure_ceilings
+from _common import RESULTS, finish, free, hardware
+from gpu_cases import Case, Ceilings, Clock, all_cases, measure_case, measure_ceilings
 
 from ddfast import _native
 
@@ -239,12 +239,27 @@ def whole_from(stage: str, number: str, seconds: str, path: str) -> int:
         write_line(path, row, _WHOLE[stage].line)
 
     try:
-        _WHOLE[stage].report_from(cases, measure_ceilings(Clock(device)), device, until, report)
+        report_cases(_WHOLE[stage].measure_case, cases, measure_ceilings(Clock(device)), device, until, report)
     except Exception as error:  # noqa: BLE001 - recorded; the exit status tells
         traceback.print_exc()
         report({"name": cases[len(done)].name, "problem": f"{type(error).__name__}: {error}"[:500]})
         return _BROKEN
     return 0
+
+
+def report_cases(
+    measure: Callable[[Any, Ceilings, torch.device], Figures],
+    cases: Sequence[Any],
+    ceilings: Ceilings,
+    device: torch.device,
+    until: float,
+    report: Callable[[Figures], None],
+) -> None:
+    """Report each case's figures in order, until it is too late. An error ends this: the device may be out of order."""
+    for case in cases:
+        late = time.monotonic() > until
+        report({"name": case.name, "problem": "out of time"} if late else measure(case, ceilings, device))
+        free(device)  # graphs and what they run on
 
 
 def whole_cases(stage: str) -> list[Any]:

@@ -6,11 +6,9 @@ which CUDA graphs are recorded. Random weights compute what released ones do.
 
 from __future__ import annotations
 
-import gc
-import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -163,25 +161,6 @@ def measure_pairs(
     }
 
 
-def report_from(
-    cases: Sequence[PairCase],
-    ceilings: Ceilings,
-    device: torch.device,
-    until: float,
-    report: Callable[[Figures], None],
-) -> None:
-    """Report each case's figures in order, until it is too late. An error ends this: the device may be out of order."""
-    for case in cases:
-        if time.monotonic() > until:
-            report({"name": case.name, "problem": "out of time"})
-            continue
-        report(measure_case(case, ceilings, device))
-        gc.collect()  # graphs and what they run on
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
 def line(row: Figures) -> str:
     """A case as a line of the table."""
     if "pairs_per_s" not in row:
@@ -204,10 +183,3 @@ def bars(rows: Sequence[Figures]) -> list[Figures]:
             value = best[figure]
             found.append({"name": f"{best['name']}: {figure}", "value": value, "at least": bar, "held": value >= bar})
     return found
-
-
-def write_line(path: Path, row: Figures) -> None:
-    """Show a row and add it to a file of JSON lines."""
-    print(line(row), flush=True)
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")

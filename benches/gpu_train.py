@@ -5,13 +5,12 @@ In bfloat16 by autocast, as ``ddfast train`` does on a GPU. A first step, which 
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from _common import free
 from bench_train import timed_steps
 from full_size import random_teacher
 from gpu_cases import Ceilings
@@ -26,23 +25,28 @@ ROUNDS, STEPS = 3, 4  # timed: the median of 3 times 4 steps
 
 @dataclass(frozen=True)
 class TrainCase:
-    """One line of the report. compile, recompute: as in ``Run``."""
+    """One line of the report. compile, checkpointing (of activations): as in ``Run``."""
 
     teacher: str
     batch: int
     compile: bool = True
-    recompute: bool = False
+    checkpointing: bool = False
 
     @property
     def name(self) -> str:
-        how = [word for word, on in (("eager", not self.compile), ("recompute", self.recompute)) if on]
+        how = [word for word, on in (("eager", not self.compile), ("checkpointed", self.checkpointing)) if on]
         return " ".join(["train", self.teacher, "batch", str(self.batch), *how])
 
 
 def train_cases() -> list[TrainCase]:
     """A small one, which nothing but attention is compiled for, and then the most telling first."""
     small = TrainCase("digits-var", 128, compile=False)
-    return [small, TrainCase("var-d16", 64), TrainCase("llamagen-b-256", 64), TrainCase("var-d16", 64, recompute=True)]
+    return [
+        small,
+        TrainCase("var-d16", 64),
+        TrainCase("llamagen-b-256", 64),
+        TrainCase("var-d16", 64, checkpointing=True),
+    ]
 
 
 def make_teacher(name: str, device: torch.device) -> Teacher:
@@ -56,7 +60,10 @@ def measure_case(case: TrainCase, ceilings: Ceilings, device: torch.device) -> F
     """A case's figures; in micro-batches, which a ``note`` tells, where the whole batch does not fit into memory."""
     teacher = make_teacher(case.teacher, device)
     run = Run(
-        precision="bfloat16", micro_batch=case.batch, compile=case.compile, activation_checkpointing=case.recompute
+        precision="bfloat16",
+        micro_batch=case.batch,
+        compile=case.compile,
+        activation_checkpointing=case.checkpointing,
     )
     while (figures := steps_that_fit(teacher, case.batch, run)) is None:
         assert run.micro_batch is not None
@@ -80,27 +87,6 @@ def steps_that_fit(teacher: Teacher, batch: int, run: Run) -> Figures | None:
         return None
 
 
-def free(device: torch.device) -> None:
-    """Give back what nobody refers to, and count the most memory anew."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def report_from(
-    cases: Sequence[TrainCase],
-    ceilings: Ceilings,
-    device: torch.device,
-    until: float,
-    report: Callable[[Figures], None],
-) -> None:
-    """Report each case's figures in order, until it is too late. An error ends this: the device may be out of order."""
-    for case in cases:
-        late = time.monotonic() > until
-        report({"name": case.name, "problem": "out of time"} if late else measure_case(case, ceilings, device))
-
-
 def line(row: Figures) -> str:
     """A case as a line of the table."""
     told = row.get("problem", row.get("note", "")).partition("\n")[0][:80]
@@ -115,5 +101,5 @@ def line(row: Figures) -> str:
 
 def bars(rows: Sequence[Figures]) -> list[Figures]:
     """What is asked of VAR-d16 at batch 64, and whether it holds. A miss is no failure."""
-    asked = [r for r in rows if r.get("teacher") == "var-d16" and "mfu" in r and not r["recompute"]]
+    asked = [r for r in rows if r.get("teacher") == "var-d16" and "mfu" in r and not r["activation_checkpointing"]]
     return [{"name": f"{r['name']}: mfu", "value": r["mfu"], "at least": MFU, "held": r["mfu"] >= MFU} for r in asked]

@@ -408,7 +408,7 @@ def pretend_steps(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[Run]:
         figures = {
             "teacher": teacher,
             "batch": batch,
-            "recompute": run.activation_checkpointing,
+            "activation_checkpointing": run.activation_checkpointing,
             "s_per_step": 0.25,
             "mfu": 0.5,
         }
@@ -423,7 +423,9 @@ def pretend_steps(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[Run]:
 def test_training_cases_are_named_apart_and_one_is_held_to_the_bar() -> None:
     cases = gpu_train.train_cases()
     assert len({case.name for case in cases}) == len(cases) and cases[0].name == "train digits-var batch 128 eager"
-    rows = [{"name": c.name, "teacher": c.teacher, "recompute": c.recompute, "mfu": 0.44} for c in cases]
+    rows = [
+        {"name": c.name, "teacher": c.teacher, "activation_checkpointing": c.checkpointing, "mfu": 0.44} for c in cases
+    ]
     rows.append({"name": "train var-d16 batch 64", "problem": "out of time"})
     bars = gpu_train.bars(rows)
     assert bars == [{"name": "train var-d16 batch 64: mfu", "value": 0.44, "at least": 0.45, "held": False}]
@@ -432,7 +434,7 @@ def test_training_cases_are_named_apart_and_one_is_held_to_the_bar() -> None:
 
 def test_a_step_that_does_not_fit_is_tried_in_smaller_parts_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = pretend_steps(monkeypatch, fits=20)
-    row = gpu_train.measure_case(gpu_train.TrainCase("var-d16", 64, recompute=True), CEILINGS, CPU)
+    row = gpu_train.measure_case(gpu_train.TrainCase("var-d16", 64, checkpointing=True), CEILINGS, CPU)
     assert [run.micro_batch for run in runs] == [64, 32, 16]
     assert all(run.compile and run.activation_checkpointing and run.precision == "bfloat16" for run in runs)
     assert row["share_of_matmul_peak"] == pytest.approx(256 * 5e9 / 2e12)
@@ -477,9 +479,9 @@ def test_a_small_case_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(gpu_train, "ROUNDS", 1)
     monkeypatch.setattr(gpu_train, "STEPS", 1)
     rows: list[dict[str, Any]] = []
-    cases = [gpu_train.TrainCase("digits-llamagen", 4, compile=False, recompute=True)]
-    gpu_train.report_from(cases, CEILINGS, CPU, time.monotonic() + 60, rows.append)
-    assert rows[0]["name"] == "train digits-llamagen batch 4 eager recompute" and rows[0]["precision"] == "bfloat16"
+    cases = [gpu_train.TrainCase("digits-llamagen", 4, compile=False, checkpointing=True)]
+    gpu.report_cases(gpu_train.measure_case, cases, CEILINGS, CPU, time.monotonic() + 60, rows.append)
+    assert rows[0]["name"] == "train digits-llamagen batch 4 eager checkpointed" and rows[0]["precision"] == "bfloat16"
     assert rows[0]["share_of_matmul_peak"] == pytest.approx(
         rows[0]["mfu"] * rows[0]["peak_tflop_per_s"] * 1e12 / CEILINGS.bf16_flop_per_s
     )

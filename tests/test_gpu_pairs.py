@@ -100,13 +100,15 @@ def test_pair_cases_and_their_bars(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     ]
     assert gpu.failures({"pairs": rows})[-1] == "pairs late: out of time"
     reported: list[dict[str, Any]] = []
-    monkeypatch.setattr(gpu_pairs, "measure_case", lambda case, ceilings, device: {"name": case.name, "note": "old"})
-    arguments = cases[:2], None, torch.device("cpu")
-    gpu_pairs.report_from(*arguments, time.monotonic() + 60, reported.append)  # type: ignore[arg-type]
-    gpu_pairs.report_from(*arguments, 0.0, reported.append)  # type: ignore[arg-type]
+    arguments = (
+        (lambda case, ceilings, device: {"name": case.name, "note": "old"}),
+        cases[:2],
+        None,
+        torch.device("cpu"),
+    )
+    gpu.report_cases(*arguments, time.monotonic() + 60, reported.append)  # type: ignore[arg-type]
+    gpu.report_cases(*arguments, 0.0, reported.append)  # type: ignore[arg-type]
     assert [row.get("note", row.get("problem")) for row in reported] == ["old", "old", "out of time", "out of time"]
-    gpu_pairs.write_line(tmp_path / "rows", reported[0])
-    assert json.loads((tmp_path / "rows").read_text()) == reported[0]
 
 
 def test_the_projection_is_up_to_date() -> None:

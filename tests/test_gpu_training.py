@@ -83,7 +83,7 @@ def test_a_block_is_compiled_in_one_piece_with_its_attention(autocast: bool) -> 
     """Without a graph break, and with queries and keys that normalisation left in another dtype than the values."""
     config = VARConfig(2, 32, 2, (1, 1, 2, 3), 5, 24, 4)
     block, x, mod = Block(config), torch.randn(2, 15, 32), torch.randn(2, 6, 32)
-    marks = torch.randint(2, (2, 15)), torch.randn(2, 32)
+    n_d = torch.randint(2, (2, 15)), torch.randn(2, 32)
     dtypes = []
 
     def watched(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -91,8 +91,8 @@ def test_a_block_is_compiled_in_one_piece_with_its_attention(autocast: bool) -> 
         return masked(group_mask(config.groups, CPU))(q, k, v, scale)
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        want = block(x, mod, watched, marks)
-        got = torch.compile(block, backend="eager", fullgraph=True)(x, mod, _flex(config.groups, CPU), marks)
+        want = block(x, mod, watched, n_d)
+        got = torch.compile(block, backend="eager", fullgraph=True)(x, mod, _flex(config.groups, CPU), n_d)
     assert (len(set(dtypes[0])) > 1) == autocast
     torch.testing.assert_close(got, want, rtol=0, atol=0.1 if autocast else 1e-5)
 

@@ -125,9 +125,11 @@ def test_gradients_are_clipped_by_their_common_norm(tmp_path: Path, teacher: Tea
 
 def test_recomputed_activations_change_no_bit(tmp_path: Path, teacher: Teacher, dataset: PairDataset) -> None:
     curves = []
-    for recompute in (False, True):
-        folder = tmp_path / str(recompute)
-        new_trainer(folder, teacher, dataset, settings(), Run(log_every=1, activation_checkpointing=recompute)).train()
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        new_trainer(
+            folder, teacher, dataset, settings(), Run(log_every=1, activation_checkpointing=checkpointing)
+        ).train()
         curves.append(curve(folder))
     assert curves[0] == curves[1] and len(curves[0]) == 7
 

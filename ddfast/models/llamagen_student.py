@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .llamagen import LlamaGenConfig, LlamaGenTransformer
-from .student import EmbeddingHead, Student, add_marks
+from .student import EmbeddingHead, Student, add_n_d_embed
 
 INPUT_STD = 0.1  # of the input projection's weights
 
@@ -63,7 +63,7 @@ class LlamaGenStudent(Student, LlamaGenTransformer):  # type: ignore[misc]  # fo
     def hidden(self, x_BLC: Tensor, known_BL: Tensor, cond_BD: Tensor) -> Tensor:
         attend = self.attend(x_BLC.device)
         x = torch.cat([cond_BD.unsqueeze(1), self.tok_embeddings(x_BLC)], dim=1)
-        x = add_marks(x, known_BL, self.n_d_embed.weight)
+        x = add_n_d_embed(x, known_BL, self.n_d_embed.weight)
         return self.run_blocks(lambda block, x: block(x, self.rope, attend), x)[:, 1:]
 
     def logits(self, h_BnD: Tensor, cond_BD: Tensor) -> Tensor:

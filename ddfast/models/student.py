@@ -28,9 +28,9 @@ HEAD_EPS = 1e-6
 NEW_STD = 0.02  # of what the teacher does not have
 
 
-def add_marks(x_BTD: Tensor, known_BT: Tensor, rows_2D: Tensor) -> Tensor:
-    """``x`` and, at each position, row 1 where it is known and row 0 where not: a product with one-hot vectors, whose
-    gradient is one too, in float32 under autocast."""
+def add_n_d_embed(x_BTD: Tensor, known_BT: Tensor, rows_2D: Tensor) -> Tensor:
+    """``x`` and the noise/data embedding: row 1 at positions that hold data, row 0 at those of noise. A product with
+    one-hot vectors, whose gradient is one too, in float32 under autocast."""
     device = x_BTD.device.type
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         choice = F.one_hot(known_BT, 2).to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
@@ -59,7 +59,7 @@ class Student(nn.Module, ABC):
         groups: tokens in each group; they sum to L.
         kind, settings: its kind in ``checkpoints.KINDS``, and its config.
         num_classes, vocab_size, channels: number of labels, V and C.
-        recompute: forget the blocks' activations in training and compute them again for the gradient.
+        activation_checkpointing: forget the blocks' activations in training and compute them again for the gradient.
     """
 
     kind: str
@@ -70,7 +70,7 @@ class Student(nn.Module, ABC):
     channels: int
     final_layer_conti: EmbeddingHead
     n_d_embed: nn.Embedding
-    recompute = False
+    activation_checkpointing = False
 
     @property
     @abstractmethod
@@ -132,7 +132,7 @@ class Student(nn.Module, ABC):
     def run_blocks(self, run: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
         """``x`` through all blocks by ``run(block, x)``."""
         for block in self.stack:
-            if self.recompute and self.training:
+            if self.activation_checkpointing and self.training:
                 x = checkpoint(partial(run, block), x, use_reentrant=False)
             else:
                 x = run(block, x)

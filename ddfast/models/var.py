@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import fused
 from .attention import Attend, levels, masked
-from .student import add_marks
+from .student import add_n_d_embed
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,12 @@ class Block(nn.Module):
             return cond + self.ada_gss[0]
         return self.ada_lin(cond).unflatten(1, (6, -1))
 
-    def forward(self, x: Tensor, mod: Tensor, attend: Attend, marks: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """``marks`` are a student's, for :func:`add_marks` after attention."""
+    def forward(self, x: Tensor, mod: Tensor, attend: Attend, n_d: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``n_d``: what a student adds after attention, for :func:`add_n_d_embed`."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = mod.unsqueeze(2).unbind(1)
         h = fused.modulated_norm(x, scale1, shift1, self.eps)
         x = fused.gated_sum(x, self.attn(h, attend), gamma1)
-        x = x if marks is None else add_marks(x, *marks)
+        x = x if n_d is None else add_n_d_embed(x, *n_d)
         h = fused.modulated_norm(x, scale2, shift2, self.eps)
         return fused.gated_sum(x, self.ffn(h), gamma2)
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from .student import NEW_STD, EmbeddingHead, Student, add_marks
+from .student import NEW_STD, EmbeddingHead, Student, add_n_d_embed
 from .var import VARConfig, VARTransformer
 
 
@@ -79,21 +79,21 @@ class VARStudent(Student, VARTransformer):  # type: ignore[misc]  # forward is t
         return VARTransformer.logits(self, h_BnD, cond_BD)
 
     def hidden(self, x_BLC: Tensor, known_BL: Tensor, cond_BD: Tensor) -> Tensor:
-        def marks(place: int) -> tuple[Tensor, Tensor]:
+        def n_d(place: int) -> tuple[Tensor, Tensor]:
             """The noise/data embedding of block ``place``, or last, of the heads."""
             rows_2D = self.n_d_embed.weight
             return known_BL, self.layerwise_n_d_embed[place](rows_2D) if self.settings.layerwise else rows_2D
 
         attend, mods = self.attend(x_BLC.device), self.modulations(cond_BD)
         x = torch.cat([self.start_tokens(cond_BD), self.word_embed(x_BLC)], dim=1) + self.positions()
-        x = add_marks(x, known_BL, self.n_d_embed.weight)
+        x = add_n_d_embed(x, known_BL, self.n_d_embed.weight)
         places = {block: place for place, block in enumerate(self.blocks)}
 
         def run(block: nn.Module, x: Tensor) -> Tensor:
             place = places[block]
-            return block(x, mods[place], attend, marks(place))
+            return block(x, mods[place], attend, n_d(place))
 
-        return add_marks(self.run_blocks(run, x), *marks(len(self.blocks)))[:, 1:]
+        return add_n_d_embed(self.run_blocks(run, x), *n_d(len(self.blocks)))[:, 1:]
 
     @torch.no_grad()
     def init_with_teacher(self, teacher: nn.Module, generator: torch.Generator | None = None) -> None:

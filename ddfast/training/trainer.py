@@ -133,7 +133,7 @@ class Trainer:
             keep_freed_memory()
         self.dtype = PRECISIONS[run.precision]
         self.flops = flops_a_pair(student)
-        student.recompute = run.activation_checkpointing
+        student.activation_checkpointing = run.activation_checkpointing
         if run.compile:
             for block in student.stack:
                 block.compile()
