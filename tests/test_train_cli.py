@@ -216,6 +216,19 @@ def test_a_sharded_run_goes_on_by_itself_or_on_one_rank(
     assert outcome(tmp_path / "two") == outcome(tmp_path / "whole")  # to the bit, as gloo adds two numbers
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_rank_that_is_asked_to_stop_stops_all(
+    tmp_path: Path, launch: Launcher, inputs: dict[str, list[str]], way: str
+) -> None:
+    """They save one checkpoint together, and go on from there to the same end."""
+    whole, stopped = (train(tmp_path / name, inputs["var"], "--parallel", way) for name in ("whole", "stopped"))
+    assert launch(*whole, world=2) == [0, 0], launch.said()
+    assert launch(*stopped, world=2, ask_at=1) == [130, 130], launch.said()
+    assert checkpoints(tmp_path / "stopped")[-1].name == "step-00000003.safetensors"
+    assert launch(*stopped, world=2) == [0, 0] and "going on from step 3" in launch.said()
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
 # Pairs as they are needed
 
 

@@ -118,16 +118,22 @@ class Launcher:
         )
 
     def __call__(
-        self, *argv: object, world: int = 1, kill_after: float | None = None, kill_at: int | None = None
+        self,
+        *argv: object,
+        world: int = 1,
+        kill_after: float | None = None,
+        kill_at: int | None = None,
+        ask_at: int | None = None,
     ) -> list[int]:
         """Exit codes of a command line's ranks; those of one that was killed are negative.
 
         Args:
             kill_after: seconds.
             kill_at: the process kills itself at this of its writes of a tensor, renamings and deletions.
+            ask_at: the last rank gets SIGTERM in this step, the others nothing.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        task = {"argv": [str(a) for a in argv], "world": world, "kill_after": kill_after, "kill_at": kill_at}
+        task = {"argv": [str(a) for a in argv], "world": world, "kill_after": kill_after, "kill_at": kill_at, "ask_at": ask_at}
         self.process.stdin.write(json.dumps(task | {"log": str(self.log)}) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -173,6 +179,8 @@ def fork(task: dict[str, Any], rank: int, port: int) -> int:
             os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {k: str(v) for k, v in place.items()}
         if task["kill_at"] is not None:
             die_at(task["kill_at"])
+        if task["ask_at"] is not None and rank == task["world"] - 1:
+            terminate_in(task["ask_at"])
         from ddfast.cli import main
 
         code = main(task["argv"])
@@ -184,6 +192,18 @@ def fork(task: dict[str, Any], rank: int, port: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def terminate_in(chosen: int) -> None:
+    """Send this process SIGTERM before step ``chosen``."""
+    plain = Trainer.step
+
+    def step(self: Trainer, n: int) -> None:
+        if n == chosen:
+            signal.raise_signal(signal.SIGTERM)
+        plain(self, n)
+
+    Trainer.step = step  # type: ignore[method-assign]
 
 
 def die_at(count: int) -> None:
