@@ -21,6 +21,7 @@ from train_helpers import Launcher, checkpoints, curve, outcome, share_modulatio
 from ddfast.cli import main
 from ddfast.models import load_student
 from ddfast.models.checkpoints import load_bundle, make_part, read_safetensors, save_bundle
+from ddfast.models.distilled import save_student
 from ddfast.training import Trainer
 
 PLAIN = (
@@ -315,6 +316,43 @@ def test_refused_before_any_step(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("start", "more", "message"),
+    [
+        ("llamagen", (), "it is a llamagen-student, not a var-student"),
+        ("var", ("--no-layerwise",), "layerwise is True, not False"),
+        ("absent", (), "no student is called"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(
+    tmp_path: Path,
+    inputs: dict[str, list[str]],
+    capsys: pytest.CaptureFixture[str],
+    start: str,
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    if start in inputs:
+        assert main(train(tmp_path / start, inputs[start], "--steps", "2")) == 0
+    argv = train(tmp_path / "new", inputs["var"], "--start", str(tmp_path / start), *more)
+    assert message in refused(capsys, argv)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_start_with_another_codebook_is_refused(
+    tmp_path: Path, inputs: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train(tmp_path / "first", inputs["var"], "--steps", "2")) == 0
+    model = load_student(tmp_path / "first")
+    parts = load_bundle(tmp_path / "first" / "student.safetensors")[1]
+    vq = parts["tokenizer"]
+    key = next(k for k, t in vq.tensors.items() if t.shape == model.codebook.shape)
+    other = make_part(vq.kind, vq.config, vq.tensors | {key: vq.tensors[key] + 1}, "test")
+    save_student(tmp_path / "other.safetensors", "other", parts["student"], other, (0, 2), 3, "tiny-var")
+    argv = train(tmp_path / "new", inputs["var"], "--start", str(tmp_path / "other.safetensors"))
+    assert "its codebook is another" in refused(capsys, argv)
+
+
 def test_a_teacher_of_no_zoo_needs_a_recipe_and_out_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], inputs: dict[str, list[str]]
 ) -> None:
@@ -419,6 +457,18 @@ def test_numbers_that_are_not_finite_exit_with_1(
 
 
 # What comes of it
+
+
+def test_a_student_starts_from_another(tmp_path: Path, inputs: dict[str, list[str]]) -> None:
+    """With no rate to speak of it stays what the other was, and it is another run than one from the teacher."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(train(first, inputs["var"], "--ema", "0")) == 0
+    assert main(train(second, inputs["var"], "--start", str(first), "--lr", "1e-12", "--ema", "0")) == 0
+    want, got = load_student(first), load_student(second)
+    for (name, t), other in zip(want.student.state_dict().items(), got.student.state_dict().values(), strict=True):
+        assert torch.allclose(t, other, atol=1e-9), name
+    assert want.sha256 in (second / "config.json").read_text()
+    assert main(train(second, inputs["var"], "--lr", "1e-12", "--ema", "0")) != 0
 
 
 @pytest.mark.parametrize("name", ["var", "llamagen"])

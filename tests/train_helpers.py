@@ -133,7 +133,13 @@ class Launcher:
             ask_at: the last rank gets SIGTERM in this step, the others nothing.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        task = {"argv": [str(a) for a in argv], "world": world, "kill_after": kill_after, "kill_at": kill_at, "ask_at": ask_at}
+        task = {
+            "argv": [str(a) for a in argv],
+            "world": world,
+            "kill_after": kill_after,
+            "kill_at": kill_at,
+            "ask_at": ask_at,
+        }
         self.process.stdin.write(json.dumps(task | {"log": str(self.log)}) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from ..errors import UserError
 from ..files import locked, write_atomic
 from ..models import STUDENTS, TEACHERS, Teacher, load_teacher
 from ..models.checkpoints import Part, make_part
-from ..models.distilled import RUN_FILE, save_student
+from ..models.distilled import RUN_FILE, load_student, save_student
 from ..models.student import Student
 from ..models.zoo import load_tokenizer, teacher_name
 from ..pairs import Manifest, PairDataset, describe
+from ..records import differences
 from ..training import RECIPES, Run, TrainConfig, Trainer, recipe
 from ..training.config import DIGITS, SCHEDULES
 from ..training.distance import make_distance
@@ -37,8 +38,8 @@ ONLINE_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # as `ddfast pai
 
 DESCRIPTION = """\
 Train a student on the pairs of a folder, or with --online on pairs that the teacher makes as they are needed. The
-student starts from the teacher's weights and learns to go from noise, or from data up to a timestep, to all tokens in
-one pass (Distilled Decoding, Sec. 3.3).
+student starts from the teacher's weights, or from another student's with --start, and learns to go from noise, or from
+data up to a timestep, to all tokens in one pass (Distilled Decoding, Sec. 3.3).
 
 Stop it at any time: the same command goes on from the newest checkpoint, with the same losses, bit for bit on one
 process. Under torchrun the batch is shared by the ranks. --out receives student.safetensors (the moving average, with
@@ -50,6 +51,7 @@ examples:
   ddfast pairs --teacher digits-var --num 20000 --out pairs/
   ddfast train --pairs pairs/ --teacher digits-var --out runs/digits-var
   ddfast train --online --teacher digits-llamagen --steps 300 --out runs/online
+  ddfast train --start runs/digits-var --pairs pairs/ --teacher digits-var --timesteps 0 --out runs/longer
   ddfast train --pairs pairs/ --teacher digits-var --steps 400 --batch 256 --lr 3e-3 --out runs/other
   torchrun --nproc-per-node 8 -m ddfast train --pairs pairs/ --teacher var-d16 --lpips-weights vgg16-397923af.pth \\
     --out runs/d16
@@ -74,6 +76,9 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--pairs", type=Path, metavar="DIR", help="a folder made by `ddfast pairs`")
     what.add_argument(
         "--online", action="store_true", help="no folder: the teacher makes each batch's pairs, at its preset"
+    )
+    what.add_argument(
+        "--start", metavar="NAME|DIR|FILE", help="a student to start from: a released one, a run, or a student's file"
     )
     what.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run")
     how = parser.add_argument_group("how it learns (default: the recipe's)")
@@ -173,6 +178,7 @@ def gather(args: argparse.Namespace, config: TrainConfig, run: Run, device: torc
     if dataset is not None:
         check_pairs(args.pairs, dataset.manifest, teacher)
     student = teacher.new_student(torch.Generator().manual_seed(config.seed), config.layerwise)
+    start = None if args.start is None else take_over(args.start, student, teacher)
     codebook = teacher.codebook.detach().clone()
     source, manifest = pair_source(config, run, teacher, dataset, ranks)
     identity: dict[str, Any] = {
@@ -180,9 +186,24 @@ def gather(args: argparse.Namespace, config: TrainConfig, run: Run, device: torc
         "weights": teacher.weights_sha256,
         "pairs": manifest.checksum,
         "distance_network": network_hash(args),
+        "start": start,
         "online": str(teacher.dtype) if dataset is None else None,
     }
     return Material(student, codebook, source, manifest, identity)
+
+
+def take_over(name: str, student: Student, teacher: Teacher) -> str:
+    """Give ``student`` the weights of another; their hash. UserError where it is of another shape or codebook."""
+    given = load_student(name)
+    lines = differences(asdict(given.student.settings), asdict(student.settings))
+    if given.student.kind != student.kind:
+        lines = [f"it is a {given.student.kind}, not a {student.kind}"]
+    elif not torch.equal(given.codebook, teacher.codebook.float().cpu()):
+        lines.append("its codebook is another")
+    if lines:
+        raise UserError(f"--start {name} does not fit a student of {teacher.name}: {'; '.join(lines)}")
+    student.load_state_dict(given.student.state_dict())
+    return given.sha256
 
 
 def network_hash(args: argparse.Namespace) -> str | None:
