@@ -100,10 +100,22 @@ void gelu(uintptr_t x, uintptr_t dy, int64_t count, uintptr_t out, bool half) {
     ddfast::cpu::gelu({at<void>(x), at<void>(dy), count, at<void>(out), half});
 }
 
-void norm_gradient(uintptr_t x, uintptr_t dy, uintptr_t scale, int64_t scale_stride, float eps, int64_t rows, int64_t n,
-                   int64_t dim, uintptr_t dx, uintptr_t sums, bool half) {
-    ddfast::cpu::norm_gradient({at<float>(x), at<void>(dy), at<float>(scale), scale_stride, eps, rows, n, dim,
-                                at<float>(dx), at<float>(sums), half});
+void glu(uintptr_t gate, uintptr_t up, uintptr_t dout, int64_t count, uintptr_t out, uintptr_t dgate, uintptr_t dup,
+         bool half) {
+    ddfast::cpu::glu(
+        {at<void>(gate), at<void>(up), at<void>(dout), count, at<void>(out), at<void>(dgate), at<void>(dup), half});
+}
+
+void turn_heads(uintptr_t qkv, uintptr_t rope, int64_t rows, int64_t n, int64_t heads, int64_t kv_heads, int64_t width,
+                uintptr_t q, uintptr_t k, uintptr_t v, bool back, bool half) {
+    ddfast::cpu::turn_heads({at<void>(qkv), at<float>(rope), rows, n, heads, kv_heads, width, at<void>(q), at<void>(k),
+                             at<void>(v), back, half});
+}
+
+void norm_gradient(uintptr_t x, uintptr_t dy, uintptr_t scale, uintptr_t weight, int64_t scale_stride, float eps,
+                   int64_t rows, int64_t n, int64_t dim, uintptr_t dx, uintptr_t sums, bool half) {
+    ddfast::cpu::norm_gradient({at<float>(x), at<void>(dy), at<float>(scale), at<float>(weight), scale_stride, eps,
+                                rows, n, dim, at<float>(dx), at<float>(sums), half});
 }
 
 void gate(uintptr_t x, uintptr_t branch, uintptr_t gate, int64_t gate_stride, int64_t rows, int64_t n, int64_t dim,
@@ -143,6 +155,8 @@ void bind_layers(py::module_& module) {
     bind("scale_rows_cpu", &scale_rows);
     module.def("parts_of", &ddfast::cpu::parts_of);
     bind("gelu_cpu", &gelu);
+    bind("glu_cpu", &glu);
+    bind("turn_heads_cpu", &turn_heads);
     bind("norm_gradient_cpu", &norm_gradient);
     bind("gate_cpu", &gate);
     bind("split_heads_cpu", &split_heads);

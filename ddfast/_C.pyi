@@ -147,10 +147,26 @@ def scale_rows_cpu(
 ) -> None: ...
 def parts_of(positions: int) -> int: ...
 def gelu_cpu(x: int, dy: int, count: int, out: int, half: bool) -> None: ...
+def glu_cpu(gate: int, up: int, dout: int, count: int, out: int, dgate: int, dup: int, half: bool) -> None: ...
+def turn_heads_cpu(
+    qkv: int,
+    rope: int,
+    rows: int,
+    n: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    q: int,
+    k: int,
+    v: int,
+    back: bool,
+    half: bool,
+) -> None: ...
 def norm_gradient_cpu(
     x: int,
     dy: int,
     scale: int,
+    weight: int,
     scale_stride: int,
     eps: float,
     rows: int,

@@ -43,6 +43,8 @@ Operation = Literal[
     "gelu",  # from here on with gradients: ddfast.models.fused runs them
     "modulated_norm",
     "gated_sum",
+    "rms_norm",
+    "rotated_heads",
     "normed_heads",
     "softmax_rows",
 ]

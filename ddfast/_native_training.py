@@ -27,21 +27,30 @@ def gelu_gradient(x: Tensor, dy: Tensor, dx: Tensor) -> None:
     _C.gelu_cpu(x.data_ptr(), dy.data_ptr(), x.numel(), dx.data_ptr(), _half(x))
 
 
-def norm_gradient(x: Tensor, dy: Tensor, scale_RD: Tensor, eps: float, dx: Tensor, sums_Rp2D: Tensor) -> None:
+def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
+    _C.glu_cpu(gate.data_ptr(), up.data_ptr(), 0, gate.numel(), out.data_ptr(), 0, 0, _half(gate))
+
+
+def swiglu_gradient(gate: Tensor, up: Tensor, dout: Tensor, dgate: Tensor, dup: Tensor) -> None:
+    given, made = (gate.data_ptr(), up.data_ptr(), dout.data_ptr()), (dgate.data_ptr(), dup.data_ptr())
+    _C.glu_cpu(*given, gate.numel(), 0, *made, _half(gate))
+
+
+def layer_norm_gradient(x: Tensor, dy: Tensor, scale_RD: Tensor, eps: float, dx: Tensor, sums_Rp2D: Tensor) -> None:
+    _norm_gradient(x, dy, scale_RD.data_ptr(), 0, scale_RD.stride(0), eps, dx, sums_Rp2D)
+
+
+def rms_norm_gradient(x: Tensor, dy: Tensor, weight_D: Tensor, eps: float, dx: Tensor, sums_Rp2D: Tensor) -> None:
+    """The second sums mean nothing here."""
+    _norm_gradient(x, dy, 0, weight_D.data_ptr(), 0, eps, dx, sums_Rp2D)
+
+
+def _norm_gradient(
+    x: Tensor, dy: Tensor, scale: int, weight: int, stride: int, eps: float, dx: Tensor, sums: Tensor
+) -> None:
     rows, n, dim = x.shape
-    _C.norm_gradient_cpu(
-        x.data_ptr(),
-        dy.data_ptr(),
-        scale_RD.data_ptr(),
-        scale_RD.stride(0),
-        eps,
-        rows,
-        n,
-        dim,
-        dx.data_ptr(),
-        sums_Rp2D.data_ptr(),
-        _half(dy),
-    )
+    given = (x.data_ptr(), dy.data_ptr(), scale, weight, stride, eps, rows, n, dim)
+    _C.norm_gradient_cpu(*given, dx.data_ptr(), sums.data_ptr(), _half(dy))
 
 
 def gated_sum(x: Tensor, branch: Tensor, gate_RD: Tensor, out: Tensor) -> None:
@@ -72,6 +81,14 @@ def _heads(qkv: Tensor, scale: Tensor, q: Tensor, k: Tensor, v: Tensor, dqkv: in
     rows, n, _, heads, width = qkv.shape
     inputs = (qkv.data_ptr(), scale.data_ptr(), rows, n, heads, width)
     _C.split_heads_cpu(*inputs, q.data_ptr(), k.data_ptr(), v.data_ptr(), dqkv, sums, _half(qkv))
+
+
+def rotated_heads(qkv_RnHd: Tensor, rope_2nd: Tensor, q: Tensor, k: Tensor, v: Tensor, back: bool) -> None:
+    """``back``: from q, k and v to qkv. ``rope``: cos, sin of [n, d/2] angles each."""
+    rows, heads, n, width = q.shape
+    size = (rows, n, heads, k.shape[1], width)
+    made = (q.data_ptr(), k.data_ptr(), v.data_ptr())
+    _C.turn_heads_cpu(qkv_RnHd.data_ptr(), rope_2nd.data_ptr(), *size, *made, back, _half(q))
 
 
 def softmax_rows(scores_Nns: Tensor, own_Nn1: Tensor, p_Nns: Tensor, own_p_Nn1: Tensor, lse_Nn1: Tensor) -> None:

@@ -11,8 +11,8 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 def keep_freed_memory() -> None:
     """Hold on to freed memory for the next tensor, where the C library is glibc; elsewhere nothing changes.
 
-    glibc gives blocks over 32 MiB back to the system at once, and the system clears every page of the next one: a
-    quarter of the time of a training step on a CPU.
+    glibc gives blocks over 32 MiB back to the system at once, and the system clears every page of the next one: a large
+    share of a training step's time on a CPU.
     """
     if sys.platform != "linux":
         return

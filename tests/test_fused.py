@@ -91,6 +91,42 @@ def test_modulated_norm(level: str, rows: int, n: int, dim: int, shared: bool) -
     close("under autocast", low, twins.modulated_norm(x.double(), mods[:, 0].bfloat16().double(), mods[:, 1], 1e-6))
 
 
+@pytest.mark.parametrize("rows, n, dim", [(1, 1, 5), (3, 33, 50), (2, 70, 96)])
+def test_rms_norm(level: str, rows: int, n: int, dim: int) -> None:
+    x, weight = 2 * normal(rows, n, dim, seed=1) + 1, normal(dim, seed=2)
+    check("rms_norm", x, weight, 1e-5)
+    with torch.autocast("cpu", torch.bfloat16), ops.forced("native"):
+        low = fused.rms_norm(x, weight, 1e-5)
+    assert low.dtype == torch.bfloat16
+    close("under autocast", low, twins.rms_norm(x.double(), weight.double(), 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 50, 20_000])
+def test_swiglu(level: str, dtype: torch.dtype, count: int) -> None:
+    check("swiglu", 4 * normal(count, seed=1, dtype=dtype), normal(count, seed=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, n, heads, kv_heads, width", [(1, 1, 1, 1, 2), (2, 33, 4, 2, 32), (3, 40, 2, 2, 50)])
+def test_rotated_heads(
+    level: str, dtype: torch.dtype, rows: int, n: int, heads: int, kv_heads: int, width: int
+) -> None:
+    angle = normal(n, width // 2, seed=3)
+    rope = torch.stack([angle.cos(), angle.sin()], dim=-1)
+    qkv = normal(rows, n, heads + 2 * kv_heads, width, seed=1, dtype=dtype).requires_grad_()
+    wide = qkv.detach().double().requires_grad_()
+    with ops.forced("native"):
+        got = fused.rotated_heads(qkv, heads, rope)
+    want = twins.rotated_heads(wide, heads, rope.double())
+    for out in (got, want):
+        torch.autograd.backward(out, [normal(*o.shape, seed=i, dtype=dtype).to(o.dtype) for i, o in enumerate(out)])
+    assert qkv.grad is not None and wide.grad is not None
+    for i, pair in enumerate(zip((*got, qkv.grad), (*want, wide.grad), strict=True)):
+        assert pair[0].shape == pair[1].shape
+        close(str(i), *pair)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, n, heads, width", [(1, 1, 1, 3), (2, 33, 3, 32), (2, 40, 2, 50)])
 def test_normed_heads(level: str, dtype: torch.dtype, rows: int, n: int, heads: int, width: int) -> None:
@@ -144,6 +180,8 @@ def test_what_is_not_finite_shows(level: str, odd: float, place: int) -> None:
     with ops.forced("native"):
         assert not fused.gated_sum(ones, x, ones).isfinite().all()
         assert fused.modulated_norm(x, ones, ones, 1e-6).isnan().any()
+        assert fused.rms_norm(x, ones[0, 0], 1e-6).isnan().any()
+        assert not fused.swiglu(x, x).isfinite().all()
         assert not fused.gelu(x).isfinite().all()
         own, p = torch.zeros(1, 1, 1), torch.zeros(1, 1, 37)
         fused.softmax_rows(x, own, p, own.clone(), own.clone())

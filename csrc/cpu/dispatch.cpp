@@ -254,14 +254,18 @@ void quantize_rows(const QuantizeJob& job) {
     for (int64_t row = 0; row < job.rows; ++row) quantize_row(job, row);
 }
 
-void gelu(const GeluJob& job) {
-    const auto gelu_part = current().layers->gelu_part;
+// Calls part(job, first, last) for all of job.count values.
+template <class Job>
+static void for_values(const Job& job, void (*part)(const Job&, int64_t, int64_t)) {
     constexpr int64_t kValues = 1 << 13;  // a task
     const int64_t tasks = (job.count + kValues - 1) / kValues;
 #pragma omp parallel for schedule(static) if (much(job.count / 2))
-    for (int64_t task = 0; task < tasks; ++task)
-        gelu_part(job, task * kValues, std::min((task + 1) * kValues, job.count));
+    for (int64_t task = 0; task < tasks; ++task) part(job, task * kValues, std::min((task + 1) * kValues, job.count));
 }
+
+void gelu(const GeluJob& job) { for_values(job, current().layers->gelu_part); }
+
+void glu(const GluJob& job) { for_values(job, current().layers->glu_part); }
 
 // Calls part(job, row, part) for all parts of all rows.
 template <class Job>
@@ -276,6 +280,10 @@ void norm_gradient(const NormGradientJob& job) { for_parts(job, current().layers
 void gate(const GateJob& job) { for_parts(job, current().layers->gate_part, job.dim); }
 
 void split_heads(const HeadsJob& job) { for_parts(job, current().layers->split_heads_part, 3 * job.heads * job.width); }
+
+void turn_heads(const TurnJob& job) {
+    for_parts(job, current().layers->turn_heads_part, (job.heads + 2 * job.kv_heads) * job.width);
+}
 
 void softmax_rows(const SoftmaxJob& job) {
     const auto softmax_row = current().layers->softmax_row;

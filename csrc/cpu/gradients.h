@@ -8,6 +8,8 @@
 namespace ddfast::cpu {
 namespace {
 
+constexpr float kLog2E = 1.44269504f;
+
 // The derivative of gelu: with s = 1 / (1 + e^-2u), x s is gelu(x).
 DDFAST_INLINE Vec gelu_slope(Vec x) {
     const Vec square = x * x;
@@ -34,9 +36,32 @@ void gelu_part(const GeluJob& job, int64_t first, int64_t last) {
 }
 
 template <class T>
+void glu_part(const GluJob& job, int64_t first, int64_t last) {
+    const T* gate = static_cast<const T*>(job.gate) + first;
+    const T* up = static_cast<const T*>(job.up) + first;
+    const T* dout = static_cast<const T*>(job.dout) + first;
+    T* out = static_cast<T*>(job.out) + first;
+    T* dgate = static_cast<T*>(job.dgate) + first;
+    T* dup = static_cast<T*>(job.dup) + first;
+    for_lanes(last - first, [&](int64_t i, const auto& get, const auto& put) {
+        const Vec g = get(gate + i), u = get(up + i);
+        const Vec s = 1.0f / (1.0f + power_of_two(smaller(g * -kLog2E, splat(126.0f))));
+        if (!job.dout) return put(out + i, g * s * u);
+        const Vec d = get(dout + i);
+        put(dgate + i, d * u * s * (1.0f + g * (1.0f - s)));
+        put(dup + i, d * g * s);
+    });
+}
+
+void glu_part(const GluJob& job, int64_t first, int64_t last) {
+    job.half ? glu_part<Bfloat16>(job, first, last) : glu_part<float>(job, first, last);
+}
+
+template <class T>
 void norm_gradient(const NormGradientJob& job, int64_t row, int64_t part) {
     const int64_t dim = job.dim, first = part * kPart, last = first + kPart < job.n ? first + kPart : job.n;
-    const float* scale = job.scale + row * job.scale_stride;
+    const float* scale = job.scale ? job.scale + row * job.scale_stride : nullptr;
+    const auto by = [&](int64_t i, const auto& get) { return scale ? 1.0f + get(scale + i) : get(job.weight + i); };
     float* dscale = job.sums + (row * parts_of(job.n) + part) * 2 * dim;
     float* dshift = dscale + dim;
     for (int64_t i = 0; i < 2 * dim; ++i) dscale[i] = 0.0f;
@@ -46,20 +71,20 @@ void norm_gradient(const NormGradientJob& job, int64_t row, int64_t part) {
         float* dx = job.dx + position * dim;
         Vec sum{};
         for_lanes(dim, [&](int64_t i, const auto& get, const auto&) { sum += get(x + i); });
-        const float mean = sum_lanes(sum) / dim;
+        const float mean = job.scale ? sum_lanes(sum) / dim : 0.0f;
         const float factor = inverse_deviation(x, dim, mean, job.eps);
-        Vec plain{}, turned{};  // sums of a = dy (1 + scale) and of a xhat
+        Vec plain{}, turned{};  // sums of a = dy by and of a xhat
         for_lanes(dim, [&](int64_t i, const auto& get, const auto& put) {
-            const Vec d = get(dy + i), hat = (get(x + i) - mean) * factor, a = d * (1.0f + get(scale + i));
+            const Vec d = get(dy + i), hat = (get(x + i) - mean) * factor, a = d * by(i, get);
             plain += a;
             turned += a * hat;
             put(dscale + i, get(dscale + i) + d * hat);
             put(dshift + i, get(dshift + i) + d);
         });
-        const float m1 = sum_lanes(plain) / dim, m2 = sum_lanes(turned) / dim;
+        const float m1 = job.scale ? sum_lanes(plain) / dim : 0.0f, m2 = sum_lanes(turned) / dim;
         for_lanes(dim, [&](int64_t i, const auto& get, const auto& put) {
             const Vec hat = (get(x + i) - mean) * factor;
-            put(dx + i, factor * (get(dy + i) * (1.0f + get(scale + i)) - m1 - hat * m2));
+            put(dx + i, factor * (get(dy + i) * by(i, get) - m1 - hat * m2));
         });
     }
 }
@@ -147,7 +172,35 @@ void split_heads_part(const HeadsJob& job, int64_t row, int64_t part) {
     job.half ? split_heads<Bfloat16>(job, row, part) : split_heads<float>(job, row, part);
 }
 
-constexpr float kLog2E = 1.44269504f;
+template <class T>
+void turn_heads(const TurnJob& job, int64_t row, int64_t part) {
+    const int64_t width = job.width, pairs = width / 2, per = job.heads + 2 * job.kv_heads;
+    const int64_t first = part * kPart, last = first + kPart < job.n ? first + kPart : job.n;
+    for (int64_t position = first; position < last; ++position) {
+        const float* cos = job.rope + position * pairs;
+        const float* sin = cos + job.n * pairs;
+        for (int64_t h = 0; h < per; ++h) {
+            T* there = static_cast<T*>(job.qkv) + ((row * job.n + position) * per + h) * width;
+            const bool query = h < job.heads, key = !query && h < job.heads + job.kv_heads;
+            const int64_t heads = query ? job.heads : job.kv_heads;
+            const int64_t head = query ? h : h - job.heads - (key ? 0 : job.kv_heads);
+            T* here = static_cast<T*>(query ? job.q
+                                      : key ? job.k
+                                            : job.v) +
+                      ((row * heads + head) * job.n + position) * width;
+            const T* from = job.back ? here : there;
+            T* to = job.back ? there : here;
+            if (query || key)
+                turned(from, to, pairs, cos, sin);
+            else
+                __builtin_memcpy(to, from, width * sizeof(T));
+        }
+    }
+}
+
+void turn_heads_part(const TurnJob& job, int64_t row, int64_t part) {
+    job.half ? turn_heads<Bfloat16>(job, row, part) : turn_heads<float>(job, row, part);
+}
 
 template <class T>
 void softmax(const SoftmaxJob& job, int64_t row) {

@@ -11,7 +11,7 @@
 namespace ddfast::cpu {
 
 extern const LayerKernels DDFAST_LAYER_KERNELS{
-    norm_rows,    append_row, attend,    attend_floats,      swiglu_row, quantize_image,   quantize_floats,
-    quantize_row, scale_row,  gelu_part, norm_gradient_part, gate_part,  split_heads_part, softmax_row};
+    norm_rows, append_row, attend,   attend_floats,      swiglu_row, quantize_image,   quantize_floats, quantize_row,
+    scale_row, gelu_part,  glu_part, norm_gradient_part, gate_part,  split_heads_part, turn_heads_part, softmax_row};
 
 }  // namespace ddfast::cpu

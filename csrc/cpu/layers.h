@@ -106,9 +106,11 @@ struct LayerKernels {
     void (*scale_row)(const ScaleJob& job, int64_t row);
     // Of training.h. A part is kPart positions of an image.
     void (*gelu_part)(const GeluJob& job, int64_t first, int64_t last);
+    void (*glu_part)(const GluJob& job, int64_t first, int64_t last);
     void (*norm_gradient_part)(const NormGradientJob& job, int64_t row, int64_t part);
     void (*gate_part)(const GateJob& job, int64_t row, int64_t part);
     void (*split_heads_part)(const HeadsJob& job, int64_t row, int64_t part);
+    void (*turn_heads_part)(const TurnJob& job, int64_t row, int64_t part);
     void (*softmax_row)(const SoftmaxJob& job, int64_t row);
 };
 

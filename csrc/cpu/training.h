@@ -21,16 +21,28 @@ struct GeluJob {
     bool half;
 };
 
-// Of y = layer_norm(x) * (1 + scale) + shift: dx, and sums of dy xhat and dy over the positions of each part.
+// out = silu(gate) * up; or, where dout is given, dgate and dup.
+struct GluJob {
+    const void *gate, *up;  // [count]
+    const void* dout;       // [count] or null
+    int64_t count;
+    void* out;          // [count]
+    void *dgate, *dup;  // [count]
+    bool half;
+};
+
+// Of y = layer_norm(x) * (1 + scale) + shift or y = rms_norm(x) * weight: dx, and sums of dy xhat and of dy over the
+// positions of each part.
 struct NormGradientJob {
-    const float* x;      // [R, n, D]
-    const void* dy;      // [R, n, D]
-    const float* scale;  // [R, D] at scale_stride
+    const float* x;       // [R, n, D]
+    const void* dy;       // [R, n, D]
+    const float* scale;   // [R, D] at scale_stride; null: rms_norm
+    const float* weight;  // [D], for rms_norm
     int64_t scale_stride;
     float eps;
     int64_t rows, n, dim;
     float* dx;    // [R, n, D]
-    float* sums;  // [R, parts, 2, D]: of scale, of shift
+    float* sums;  // [R, parts, 2, D]: of scale or weight, and of shift
     bool half;    // dy is bfloat16
 };
 
@@ -60,6 +72,16 @@ struct HeadsJob {
     bool half;     // qkv, v and dqkv are bfloat16
 };
 
+// q and k turned by position, with heads before positions; or, from the gradients of q, k and v, that of qkv.
+struct TurnJob {
+    void* qkv;          // [R, n, H + 2 Hk, d]
+    const float* rope;  // [2, n, d / 2], cos and sin
+    int64_t rows, n, heads, kv_heads, width;
+    void *q, *k, *v;  // [R, H or Hk, n, d]
+    bool back;        // qkv is written, not read
+    bool half;
+};
+
 // Forwards: p = softmax over the row and its own score, which gets `own`, and lse the logarithm of the sum. Backwards:
 // p = e^(scores - lse), ds = p (dp - carried) factor.
 struct SoftmaxJob {
@@ -79,9 +101,11 @@ struct SoftmaxJob {
 
 // Each on as many threads as OpenMP has been given, with the same sums on any number of them.
 void gelu(const GeluJob& job);
+void glu(const GluJob& job);
 void norm_gradient(const NormGradientJob& job);
 void gate(const GateJob& job);
 void split_heads(const HeadsJob& job);
+void turn_heads(const TurnJob& job);
 void softmax_rows(const SoftmaxJob& job);
 
 }  // namespace ddfast::cpu

@@ -64,7 +64,7 @@ def grouped(groups: tuple[int, ...], device: torch.device) -> Attend:
 
 @cache
 def _dense(groups: tuple[int, ...], device: torch.device) -> Attend:
-    """In plain products: the fused attention's gradient takes ten times as long on short rows."""
+    """In plain products: the fused attention's gradient is slow on short rows."""
     with torch.inference_mode(False):  # it outlives this call, and gradients need it
         hidden = torch.zeros(sum(groups), sum(groups), device=device)
         hidden.masked_fill_(~group_mask(groups, device), float("-inf"))
@@ -75,7 +75,7 @@ def _dense(groups: tuple[int, ...], device: torch.device) -> Attend:
         scores = torch.baddbmm(
             hidden.to(v.dtype), q.to(v.dtype).flatten(0, 1), k.to(v.dtype).flatten(0, 1).mT, alpha=scale
         )
-        wide = torch.promote_types(v.dtype, torch.float32)  # rows of odd widths take five times as long in bfloat16
+        wide = torch.promote_types(v.dtype, torch.float32)  # rows of odd widths are slow in bfloat16
         return (scores.to(wide).softmax(-1).to(v.dtype) @ v.flatten(0, 1)).view(v.shape)
 
     return attend
@@ -119,8 +119,8 @@ class _ByGroups(torch.autograd.Function):
     """softmax over [q k_j for j < s, q k_self], a group at a time; scores are computed again for the gradient.
 
     With p the probabilities, o the output and g its gradient: dS = p (g v - g o), as in FlashAttention
-    (arXiv 2205.14135, Alg. 4); the position itself is one more key. Scores, their gradient and all sums are float32;
-    probabilities meet values in the values' type.
+    (arXiv 2205.14135, Alg. 4); the position itself is one more key. Scores and sums are float32; probabilities, and the
+    gradients of scores, meet the other factor of a product in the values' type.
     """
 
     @staticmethod

@@ -66,8 +66,7 @@ class _ModulatedNorm(Function):
         x = x.contiguous()
         ctx.save_for_backward(x, scale_RD)
         ctx.eps = eps
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        out = torch.empty_like(x, dtype=dtype)
+        out = torch.empty_like(x, dtype=_product_dtype(x))
         _native_layers.add_layer_norm(x, None, None, scale_RD, shift_RD, eps, out)
         return out
 
@@ -77,9 +76,61 @@ class _ModulatedNorm(Function):
         x, scale_RD = ctx.saved_tensors
         rows, n, dim = x.shape
         dx, sums = torch.empty_like(x), x.new_empty(rows, _native_training.parts(n), 2, dim)
-        _native_training.norm_gradient(x, dy.contiguous(), scale_RD, ctx.eps, dx, sums)
+        _native_training.layer_norm_gradient(x, dy.contiguous(), scale_RD, ctx.eps, dx, sums)
         dscale, dshift = sums.sum(1).unbind(1)
         return dx, dscale, dshift, None
+
+
+def rms_norm(x_RnD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight"""
+    if x_RnD.dtype != torch.float32 or x_RnD.ndim != 3 or not native("rms_norm", x_RnD, weight_D):
+        return twins.rms_norm(x_RnD, weight_D, eps)
+    return _RMSNorm.apply(x_RnD, weight_D.float(), eps)  # type: ignore[no-untyped-call]
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x, weight_D = x.contiguous(), weight_D.contiguous()
+        ctx.save_for_backward(x, weight_D)
+        ctx.eps = eps
+        out = torch.empty_like(x, dtype=_product_dtype(x))
+        _native_layers.add_rms_norm(x, None, weight_D, eps, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_D = ctx.saved_tensors
+        rows, n, dim = x.shape
+        dx, sums = torch.empty_like(x), x.new_empty(rows, _native_training.parts(n), 2, dim)
+        _native_training.rms_norm_gradient(x, dy.contiguous(), weight_D, ctx.eps, dx, sums)
+        return dx, sums[:, :, 0].sum((0, 1)), None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up"""
+    if gate.dtype != up.dtype or not native("swiglu", gate, up):
+        return twins.swiglu(gate, up)
+    return _Swiglu.apply(gate, up)  # type: ignore[no-untyped-call]
+
+
+class _Swiglu(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        _native_training.swiglu(gate, up, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        _native_training.swiglu_gradient(gate, up, dout.contiguous(), dgate, dup)
+        return dgate, dup
 
 
 def gated_sum(x_RnD: Tensor, branch_RnD: Tensor, gate_R1D: Tensor) -> Tensor:
@@ -138,6 +189,37 @@ class _NormedHeads(Function):
         return dqkv, sums.sum((0, 1))
 
 
+def rotated_heads(qkv_RnHd: Tensor, heads: int, rope_nd2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [R, H, n, d] and keys [R, Hk, n, d] turned by ``rope`` (cos, sin), and values, of ``qkv``
+    [R, n, H + 2 Hk, d]."""
+    if not native("rotated_heads", qkv_RnHd, rope_nd2):
+        return twins.rotated_heads(qkv_RnHd, heads, rope_nd2)
+    q, k, v = _RotatedHeads.apply(qkv_RnHd, heads, rope_nd2.float())  # type: ignore[no-untyped-call]
+    return q, k, v
+
+
+class _RotatedHeads(Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, rope_nd2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv, rope_2nd = qkv.contiguous(), rope_nd2.permute(2, 0, 1).contiguous()
+        ctx.save_for_backward(rope_2nd)
+        rows, n, per, width = qkv.shape
+        q, k, v = (qkv.new_empty(rows, count, n, width) for count in (heads, *[(per - heads) // 2] * 2))
+        _native_training.rotated_heads(qkv, rope_2nd, q, k, v, back=False)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        (rope_2nd,) = ctx.saved_tensors
+        cos, sin = rope_2nd
+        rows, heads, n, width = dq.shape
+        dqkv = dq.new_empty(rows, n, heads + 2 * dk.shape[1], width)
+        given = (dq.contiguous(), dk.contiguous(), dv.contiguous())
+        _native_training.rotated_heads(dqkv, torch.stack([cos, -sin]), *given, back=True)
+        return dqkv, None, None
+
+
 def softmax_rows(scores_Nns: Tensor, own_Nn1: Tensor, p_Nns: Tensor, own_p_Nn1: Tensor, lse_Nn1: Tensor) -> None:
     """Softmax over a row's scores and ``own``, one more: writes ``p``, ``own_p`` and the logarithm of the sum.
 
@@ -153,6 +235,11 @@ def softmax_rows_gradient(
     """Writes p = exp(scores - lse), and (dp - carried) p factor over ``dp``; ``scores`` may be overwritten."""
     here = native("softmax_rows", scores_Nns, p_Nns) and scores_Nns.dtype == torch.float32
     (_native_training if here else twins).softmax_rows_gradient(scores_Nns, lse_Nn1, dp_Nns, carried_Nn1, factor, p_Nns)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What the matrix product that follows reads."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _rows(mod_R1D: Tensor, x_RnD: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import rotate
+from . import fused
 from .attention import Attend, causal
 
 
@@ -69,8 +68,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return fused.rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -81,9 +79,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x_RnD: Tensor, rope: Tensor, attend: Attend) -> Tensor:
-        widths = [self.heads, self.kv_heads, self.kv_heads]
-        q, k, v = self.wqkv(x_RnD).unflatten(2, (-1, self.head_dim)).split(widths, dim=2)
-        q, k, v = (t.transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))
+        q, k, v = fused.rotated_heads(self.wqkv(x_RnD).unflatten(2, (-1, self.head_dim)), self.heads, rope)
         return self.wo(attend(q, k, v, self.head_dim**-0.5).transpose(1, 2).flatten(2))
 
 
@@ -97,7 +93,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(fused.swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
