@@ -175,22 +175,20 @@ void split_heads_part(const HeadsJob& job, int64_t row, int64_t part) {
 template <class T>
 void turn_heads(const TurnJob& job, int64_t row, int64_t part) {
     const int64_t width = job.width, pairs = width / 2, per = job.heads + 2 * job.kv_heads;
+    void* const sides[] = {job.q, job.k, job.v};
+    const int64_t firsts[] = {0, job.heads, job.heads + job.kv_heads};
     const int64_t first = part * kPart, last = first + kPart < job.n ? first + kPart : job.n;
     for (int64_t position = first; position < last; ++position) {
         const float* cos = job.rope + position * pairs;
         const float* sin = cos + job.n * pairs;
         for (int64_t h = 0; h < per; ++h) {
             T* there = static_cast<T*>(job.qkv) + ((row * job.n + position) * per + h) * width;
-            const bool query = h < job.heads, key = !query && h < job.heads + job.kv_heads;
-            const int64_t heads = query ? job.heads : job.kv_heads;
-            const int64_t head = query ? h : h - job.heads - (key ? 0 : job.kv_heads);
-            T* here = static_cast<T*>(query ? job.q
-                                      : key ? job.k
-                                            : job.v) +
-                      ((row * heads + head) * job.n + position) * width;
+            const int side = h < job.heads ? 0 : h < job.heads + job.kv_heads ? 1 : 2;
+            const int64_t heads = side == 0 ? job.heads : job.kv_heads, head = h - firsts[side];
+            T* here = static_cast<T*>(sides[side]) + ((row * heads + head) * job.n + position) * width;
             const T* from = job.back ? here : there;
             T* to = job.back ? there : here;
-            if (query || key)
+            if (side < 2)
                 turned(from, to, pairs, cos, sin);
             else
                 __builtin_memcpy(to, from, width * sizeof(T));
@@ -203,50 +201,54 @@ void turn_heads_part(const TurnJob& job, int64_t row, int64_t part) {
 }
 
 template <class T>
-void softmax(const SoftmaxJob& job, int64_t row) {
-    const int64_t keys = job.keys, at = row / job.n * job.stride + row % job.n;
-    const float* scores = job.scores + row * keys;
-    T* p = static_cast<T*>(job.p) + row * keys;
-    if (job.own) {
-        const float self = job.own_score[at];
-        Vec top = splat(self), strange{};  // power_of_two hides NaN
-        int64_t i = 0;
-        for (; i + kLanes <= keys; i += kLanes) {
-            const Vec v = read(scores + i);
-            top = larger(v, top);
-            strange += v * 0.0f;
-        }
-        float best = max_lanes(top), odd = sum_lanes(strange) + self * 0.0f;
-        for (; i < keys; ++i) {
-            best = scores[i] > best ? scores[i] : best;
-            odd += scores[i] * 0.0f;
-        }
-        Vec sum{};
-        float last = 0.0f;
-        for (i = 0; i + kLanes <= keys; i += kLanes) sum += power_of_two((read(scores + i) - best) * kLog2E);
-        for (; i < keys; ++i) last += power_of_two(splat((scores[i] - best) * kLog2E))[0];
-        const float mine = power_of_two(splat((self - best) * kLog2E))[0];
-        const float total = sum_lanes(sum) + last + mine + odd;
-        job.own[at] = mine / total;
-        job.lse[at] = best + __builtin_logf(total);
-        const float by = 1.0f / total;
-        for_lanes(keys, [&](int64_t j, const auto& get, const auto& put) {
-            put(p + j, power_of_two((get(scores + j) - best) * kLog2E) * by);
-        });
-    } else {
-        const float lse = job.lse[at], carried = job.carried[at], factor = job.factor;
-        const T* dp = static_cast<const T*>(job.dp) + row * keys;
-        T* ds = static_cast<T*>(job.ds) + row * keys;
-        for_lanes(keys, [&](int64_t j, const auto& get, const auto& put) {
-            const Vec weight = power_of_two((get(scores + j) - lse) * kLog2E), d = get(dp + j);
-            put(p + j, weight);
-            put(ds + j, weight * (d - carried) * factor);
-        });
+void softmax(const SoftmaxJob& job, const float* scores, int64_t at, T* p) {
+    const int64_t keys = job.keys, whole = keys / kLanes * kLanes;
+    const float self = job.own_score[at];
+    Vec top = splat(self), strange{};  // power_of_two hides NaN
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        const Vec v = read(scores + i);
+        top = larger(v, top);
+        strange += v * 0.0f;
     }
+    float best = max_lanes(top), odd = sum_lanes(strange) + self * 0.0f;
+    for (int64_t i = whole; i < keys; ++i) {
+        best = scores[i] > best ? scores[i] : best;
+        odd += scores[i] * 0.0f;
+    }
+    const auto weight = [&](Vec score) { return power_of_two((score - best) * kLog2E); };
+    Vec sum{};
+    for (int64_t i = 0; i < whole; i += kLanes) sum += weight(read(scores + i));
+    const float mine = weight(splat(self))[0];
+    float total = sum_lanes(sum) + mine + odd;
+    for (int64_t i = whole; i < keys; ++i) total += weight(splat(scores[i]))[0];
+    job.own[at] = mine / total;
+    job.lse[at] = best + __builtin_logf(total);
+    const float by = 1.0f / total;
+    for_lanes(keys, [&](int64_t i, const auto& get, const auto& put) { put(p + i, weight(get(scores + i)) * by); });
+}
+
+template <class T>
+void softmax_gradient(const SoftmaxJob& job, const float* scores, int64_t at, T* p, int64_t row) {
+    const float lse = job.lse[at], carried = job.carried[at], factor = job.factor;
+    const T* dp = static_cast<const T*>(job.dp) + row * job.keys;
+    T* ds = static_cast<T*>(job.ds) + row * job.keys;
+    for_lanes(job.keys, [&](int64_t i, const auto& get, const auto& put) {
+        const Vec weight = power_of_two((get(scores + i) - lse) * kLog2E), d = get(dp + i);
+        put(p + i, weight);
+        put(ds + i, weight * (d - carried) * factor);
+    });
+}
+
+template <class T>
+void softmax_row(const SoftmaxJob& job, int64_t row) {
+    const int64_t at = row / job.n * job.stride + row % job.n;
+    const float* scores = job.scores + row * job.keys;
+    T* p = static_cast<T*>(job.p) + row * job.keys;
+    job.own ? softmax(job, scores, at, p) : softmax_gradient(job, scores, at, p, row);
 }
 
 void softmax_row(const SoftmaxJob& job, int64_t row) {
-    job.half ? softmax<Bfloat16>(job, row) : softmax<float>(job, row);
+    job.half ? softmax_row<Bfloat16>(job, row) : softmax_row<float>(job, row);
 }
 
 }  // namespace
