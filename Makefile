@@ -20,9 +20,9 @@ help:  ## this list
 
 demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, its one-step pictures and figures
 	$(ENV)/ddfast pairs --teacher digits-var --num 21000 --out demo/var/pairs
-	$(ENV)/ddfast train --teacher digits-var --pairs demo/var/pairs --steps 600 --out demo/var/student
+	$(ENV)/ddfast train --teacher digits-var --pairs demo/var/pairs --out demo/var/student
 	$(ENV)/ddfast pairs --teacher digits-llamagen --num 21000 --out demo/llamagen/pairs
-	$(ENV)/ddfast train --teacher digits-llamagen --pairs demo/llamagen/pairs --steps 900 --out demo/llamagen/student
+	$(ENV)/ddfast train --teacher digits-llamagen --pairs demo/llamagen/pairs --out demo/llamagen/student
 	$(ENV)/ddfast digits eval --student demo/var/student --student demo/llamagen/student
 	@echo "One-step pictures, below the teacher's of the same noise:" demo/*/student/samples/*.png
 
