@@ -19,6 +19,7 @@ from tiny import tiny_bundle
 from train_helpers import Launcher, checkpoints, curve, outcome, share_modulation, tree, weights
 
 from ddfast.cli import main
+from ddfast.files import locked
 from ddfast.models import load_student
 from ddfast.models.checkpoints import load_bundle, make_part, read_safetensors, save_bundle
 from ddfast.models.distilled import save_student
@@ -133,6 +134,18 @@ def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path: Path, inputs: dic
     shutil.copy(last, last.with_name("step-00000002.safetensors"))
     assert main(command) == 0
     assert outcome(tmp_path) == before and len(checkpoints(tmp_path)) == 2
+
+
+def test_a_folder_in_use_is_left_alone(
+    tmp_path: Path, inputs: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the second of two same commands, which keeps fewer checkpoints."""
+    command = train(tmp_path / "run", inputs["var"], "--save-every", "2")
+    assert main(command) == 0
+    before = tree(tmp_path)
+    with locked(tmp_path / "run"):
+        assert "another process is writing to" in refused(capsys, [*command, "--keep", "1"])
+    assert tree(tmp_path) == before
 
 
 def test_interrupted_from_the_keyboard(

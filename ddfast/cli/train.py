@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .. import _native
 from ..errors import UserError
-from ..files import locked, write_atomic
+from ..files import LOCK, locked, write_atomic
 from ..models import STUDENTS, TEACHERS, Teacher, load_teacher
 from ..models.checkpoints import Part, make_part
 from ..models.distilled import RUN_FILE, load_student, save_student
@@ -236,7 +237,10 @@ def run_training(args: argparse.Namespace, config: TrainConfig, run: Run, device
 
     name = f"{manifest.teacher}-student"
     count = sum(p.numel() for p in student.parameters())
-    with progress_bar(console) as bar:
+    with progress_bar(console) as bar, ExitStack() as held:
+        begun = (args.out / LOCK).exists()
+        if ranks.first and begun:
+            held.enter_context(locked(args.out))
         report = Lines(console, bar, config.steps, name)
         trainer = Trainer(
             args.out,
@@ -253,7 +257,8 @@ def run_training(args: argparse.Namespace, config: TrainConfig, run: Run, device
         )
         if ranks.first:
             args.out.mkdir(parents=True, exist_ok=True)
-            lock = locked(args.out)
+            if not begun:  # a folder that is refused stays as it is
+                held.enter_context(locked(args.out))
             note = {"config": config.to_dict(), "run": {f.name: getattr(run, f.name) for f in fields(Run)}} | identity
             write_atomic(args.out / "config.json", (json.dumps(note, indent=1, sort_keys=True) + "\n").encode())
             if not tensorboard_installed():
@@ -264,7 +269,6 @@ def run_training(args: argparse.Namespace, config: TrainConfig, run: Run, device
         )
         measured = trainer.train()
     if ranks.first:
-        lock.close()
         print(f"{args.out}: {summary(config, measured)}; at most {trainer.memory()} of memory")
     return 0
 
