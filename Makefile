@@ -20,9 +20,12 @@ help:  ## this list
 
 demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, its one-step pictures and figures
 	$(ENV)/ddfast pairs --teacher digits-var --num 21000 --out demo/var/pairs
-	$(ENV)/ddfast train --teacher digits-var --pairs demo/var/pairs --out demo/var/student
 	$(ENV)/ddfast pairs --teacher digits-llamagen --num 21000 --out demo/llamagen/pairs
-	$(ENV)/ddfast train --teacher digits-llamagen --pairs demo/llamagen/pairs --out demo/llamagen/student
+	@echo "Training both students, on a core each; that of digits-llamagen writes to demo/llamagen/train.log"
+	@export OMP_NUM_THREADS=1; \
+	$(ENV)/ddfast train --teacher digits-llamagen --pairs demo/llamagen/pairs --out demo/llamagen/student > demo/llamagen/train.log 2>&1 & \
+	$(ENV)/ddfast train --teacher digits-var --pairs demo/var/pairs --out demo/var/student \
+	  && wait $$! && tail -n 1 demo/llamagen/train.log || { kill $$! 2> /dev/null; tail demo/llamagen/train.log; exit 1; }
 	$(ENV)/ddfast digits eval --student demo/var/student --student demo/llamagen/student
 	@echo "One-step pictures, below the teacher's of the same noise:" demo/*/student/samples/*.png
 
