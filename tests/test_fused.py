@@ -101,6 +101,13 @@ def test_rms_norm(level: str, rows: int, n: int, dim: int) -> None:
     close("under autocast", low, twins.rms_norm(x.double(), weight.double(), 1e-5))
 
 
+def test_norms_under_autocast_to_float16_are_the_twins() -> None:
+    x, mod = normal(2, 3, 8, seed=1), normal(2, 1, 8, seed=2)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(fused.modulated_norm(x, mod, mod, 1e-6), twins.modulated_norm(x, mod, mod, 1e-6))
+        assert torch.equal(fused.rms_norm(x, mod[0, 0], 1e-6), twins.rms_norm(x, mod[0, 0], 1e-6))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 50, 20_000])
 def test_swiglu(level: str, dtype: torch.dtype, count: int) -> None:

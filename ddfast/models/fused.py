@@ -55,7 +55,7 @@ class _Gelu(Function):
 
 def modulated_norm(x_RnD: Tensor, scale_R1D: Tensor, shift_R1D: Tensor, eps: float) -> Tensor:
     """layer_norm(x) * (1 + scale) + shift"""
-    if x_RnD.dtype != torch.float32 or not native("modulated_norm", x_RnD, scale_R1D, shift_R1D):
+    if not _norms(x_RnD) or not native("modulated_norm", x_RnD, scale_R1D, shift_R1D):
         return twins.modulated_norm(x_RnD, scale_R1D, shift_R1D, eps)
     return _ModulatedNorm.apply(x_RnD, _rows(scale_R1D, x_RnD), _rows(shift_R1D, x_RnD), eps)  # type: ignore[no-untyped-call]
 
@@ -83,7 +83,7 @@ class _ModulatedNorm(Function):
 
 def rms_norm(x_RnD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight"""
-    if x_RnD.dtype != torch.float32 or x_RnD.ndim != 3 or not native("rms_norm", x_RnD, weight_D):
+    if not _norms(x_RnD) or x_RnD.ndim != 3 or not native("rms_norm", x_RnD, weight_D):
         return twins.rms_norm(x_RnD, weight_D, eps)
     return _RMSNorm.apply(x_RnD, weight_D.float(), eps)  # type: ignore[no-untyped-call]
 
@@ -235,6 +235,11 @@ def softmax_rows_gradient(
     """Writes p = exp(scores - lse), and (dp - carried) p factor over ``dp``; ``scores`` may be overwritten."""
     here = native("softmax_rows", scores_Nns, p_Nns) and scores_Nns.dtype == torch.float32
     (_native_training if here else twins).softmax_rows_gradient(scores_Nns, lse_Nn1, dp_Nns, carried_Nn1, factor, p_Nns)
+
+
+def _norms(x: Tensor) -> bool:
+    """Whether C++ norms this stream for the product that follows: under autocast to float16 it does not."""
+    return x.dtype == torch.float32 and _product_dtype(x) in _DTYPES
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
