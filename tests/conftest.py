@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from engine_helpers import FAMILIES
 from safetensors import safe_open
 from tiny import tiny_bundle
+from train_helpers import Launcher, share_modulation
 
+from ddfast.cli import main
 from ddfast.models import Teacher, load_teacher
 
 HERE = Path(__file__).parent
@@ -87,3 +90,25 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def teacher(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Teacher:
     """Each of ``bundles``, loaded."""
     return load_teacher(str(bundles[request.param]))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Of a tiny teacher of each family, and of one whose blocks share their modulation: --teacher and --pairs."""
+    folder, options = tmp_path_factory.mktemp("inputs"), {}
+    for name in ("var", "llamagen", "shared"):
+        bundle = folder / f"{name}.safetensors"
+        tiny_bundle(bundle, "var" if name == "shared" else name)
+        if name == "shared":
+            share_modulation(bundle)
+        pairs = folder / f"{name}-pairs"
+        assert main(["pairs", "--teacher", str(bundle), "--num", "150", "--shard-size", "64", "--out", str(pairs)]) == 0
+        options[name] = ["--teacher", str(bundle), "--pairs", str(pairs)]
+    return options
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.close()

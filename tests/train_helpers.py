@@ -17,9 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from tiny import random_weights
 
+from ddfast.cli import main
 from ddfast.models import Teacher
 from ddfast.models.checkpoints import load_bundle, make_part, read_safetensors, save_bundle
 from ddfast.models.var import VARConfig, VARTransformer
@@ -31,6 +33,10 @@ from ddfast.training.objective import Objective
 from ddfast.training.parallel import Ranks
 from ddfast.training.source import StoredPairs
 
+PLAIN = (
+    "--precision float32 --recipe digits --steps 6 --batch 16 --warmup 2 --holdout 17 --log-every 1 --eval-every 4 "
+    "--samples 4"
+)
 SPEED = ("pairs_per_s", "mfu")
 HANGS = 60  # seconds after which a forked run is given up
 
@@ -73,6 +79,19 @@ def new_trainer(
         ranks=Ranks(),
         report=Told(),
     )
+
+
+def train(out: Path, options: list[str], *more: str) -> list[str]:
+    return ["train", *options, "--out", str(out), *PLAIN.split(), *more]
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    """Run a command that must be refused with exit code 2; returns what it said."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Traceback" not in captured.err
+    return captured.err
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
@@ -187,8 +206,6 @@ def fork(task: dict[str, Any], rank: int, port: int) -> int:
             die_at(task["kill_at"])
         if task["ask_at"] is not None and rank == task["world"] - 1:
             terminate_in(task["ask_at"])
-        from ddfast.cli import main
-
         code = main(task["argv"])
     except BaseException:
         import traceback
