@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from conftest import Golden
@@ -110,6 +112,21 @@ def guided(teacher: Teacher, labels: Tensor, tokens: Tensor, guidance: float, in
     return out
 
 
+def from_prefix(
+    teacher: Teacher, labels: Tensor, tokens: Tensor, guidance: float, start: int, released: bool = False
+) -> Iterator[tuple[int, Tensor]]:
+    """(group, its guided logits) from group ``start`` on, those before it being prefilled, all tokens forced."""
+    state = teacher.decode_state(labels, guidance)
+    parts = tokens.split(list(teacher.groups), dim=1)
+    teacher.prefill(state, torch.cat([tokens[:, :0], *parts[:start]], dim=1), released)
+    for k in range(start, len(parts)):
+        weight = state.weight
+        cond, uncond = teacher.logits(state)
+        yield k, cond if uncond is None else uncond + weight * (cond - uncond)
+        teacher.append(state, parts[k])
+        assert int(state.length) == state.cache.start == sum(teacher.groups[: k + 1])
+
+
 @pytest.mark.golden("var_teacher_*")
 @torch.inference_mode()
 def test_var_teacher_forcing(golden: Golden) -> None:
@@ -140,27 +157,19 @@ def test_var_guided_decoding(golden: Golden) -> None:
 @pytest.mark.golden("var_teacher_*")
 @torch.inference_mode()
 def test_var_unmasked_prefix_of_the_official_sampler(golden: Golden) -> None:
-    """The blocks attend to all that a call and the cache hold, so the official unmasked prefix is one call."""
-    teacher = var_teacher(golden)
-    tokens, cfg = golden["in.idx"], golden.config["cfg"]
-    quantizer = teacher.tokenizer.quantizer
+    teacher, cfg = var_teacher(golden), golden.config["cfg"]
     for start in golden.config["prefix_nomask"]["starts"]:
-        state = teacher.decode_state(golden["in.label"], cfg)
-        parts = quantizer.split(tokens)
-        first = [state.inputs.clone()]
-        for k in range(start):
-            teacher.append(state, parts[k])
-            first.append(state.inputs.clone())
-        state.inputs = torch.cat(first, dim=1)
-        state.cache.clear()
-        for k in range(start, len(parts)):
-            weight = state.weight
-            cond, uncond = teacher.logits(state)
-            logits = (uncond + weight * (cond - uncond))[:, -teacher.groups[k] :]
+        for k, logits in from_prefix(teacher, golden["in.label"], golden["in.idx"], cfg, start, released=True):
             golden.close(logits, f"out.prefix_nomask.start{start}.cfg_logits.{k}")
-            if k == start:
-                state.cache.advance(sum(teacher.groups[:start]))
-            teacher.append(state, parts[k])
+
+
+@pytest.mark.golden("var_teacher_*")
+@torch.inference_mode()
+def test_var_prefix_equals_decoding_from_the_start(golden: Golden) -> None:
+    teacher, cfg = var_teacher(golden), golden.config["cfg"]
+    for start in range(len(teacher.groups)):
+        for k, logits in from_prefix(teacher, golden["in.label"], golden["in.idx"], cfg, start):
+            golden.close(logits, f"out.ar.cfg_logits.{k}")
 
 
 @pytest.mark.golden("llamagen_teacher*")
@@ -182,10 +191,41 @@ def test_llamagen_guided_decoding(golden: Golden) -> None:
     for interval in golden.config["cfg_intervals"]:
         logits = torch.cat(guided(teacher, labels, tokens, scale, interval), dim=1)
         golden.close(logits, f"out.ar.cfg_logits.interval{interval}")
-        if interval == -1:
-            start = golden.config["prefix_start"]
-            golden.close(logits[:, start:], f"out.prefix.start{start}.cfg_logits")
     golden.close(torch.cat(guided(teacher, labels, tokens, 1.0), dim=1), "out.ar.logits_nocfg")
+
+
+@pytest.mark.golden("llamagen_teacher*")
+@torch.inference_mode()
+def test_llamagen_prefix(golden: Golden) -> None:
+    teacher, scale, start = llamagen_teacher(golden), golden.config["cfg_scale"], golden.config["prefix_start"]
+    parts = from_prefix(teacher, golden["in.label"], golden["in.idx"], scale, start)
+    golden.close(torch.cat([logits for _, logits in parts], dim=1), f"out.prefix.start{start}.cfg_logits")
+
+
+@torch.inference_mode()
+def test_a_prefix_behind_the_last_guided_token_needs_no_unconditional_rows() -> None:
+    teacher, labels = tiny_llamagen(), torch.tensor([1, 2])
+    tokens = torch.randint(16, (2, 9), generator=torch.Generator().manual_seed(1))
+    want = guided(teacher, labels, tokens, 2.0, interval=0)
+    state = teacher.decode_state(labels, 2.0, interval=0)
+    teacher.prefill(state, tokens[:, :4])
+    cond, uncond = teacher.logits(state)
+    assert uncond is None and state.rows == 2
+    torch.testing.assert_close(cond, want[4], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("count", "fixed", "message"),
+    [(2, False, "2 tokens end within a group"), (30, False, "a whole image"), (1, True, "1 groups .* call restart")],
+)
+def test_a_prefix_that_cannot_be_is_refused(count: int, fixed: bool, message: str) -> None:
+    teacher = load_teacher("digits-var")
+    state = teacher.decode_state(torch.tensor([1]), 0.5)
+    if fixed:
+        teacher.logits(state)
+        teacher.append(state, torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(UserError, match=message):
+        teacher.prefill(state, torch.zeros(1, count, dtype=torch.int64))
 
 
 @pytest.mark.golden("var_teacher_*", "llamagen_teacher*")

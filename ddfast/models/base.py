@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..flow.filters import LogitFilter
 from ..kv_cache import KVCache
+from .groups import first_groups
 from .linear import check_precision
 from .student import Student
 
@@ -48,6 +49,13 @@ class Sampling:
             raise UserError(f"guidance_interval is {self.guidance_interval}; it must be >= 0, or -1 for no limit")
 
 
+def check_labels(labels: Tensor, num_classes: int, name: str) -> None:
+    """Raise UserError for ``labels`` that are no classes of the model called ``name``."""
+    bad = labels[(labels < 0) | (labels >= num_classes)]
+    if bad.numel():
+        raise UserError(f"label {int(bad[0])} is not a class of {name}; use 0 to {num_classes - 1}")
+
+
 def _refuse_to_run(module: nn.Module, arguments: object) -> None:
     raise UserError("this transformer's matrices were released by prepare(release=True): load the teacher again")
 
@@ -61,6 +69,19 @@ class Tokenizer(Protocol):
     def image_size(self) -> int: ...
     def decode(self, tokens: Tensor) -> Tensor: ...
     def decode_embeddings(self, x_BLC: Tensor) -> Tensor: ...
+
+
+PIXELS_CPU, PIXELS_GPU = 1 << 19, 1 << 23
+"""Pixels decoded together: the decoder's widest activations take 640 bytes each, and a larger batch is no faster."""
+
+
+@torch.inference_mode()
+def decode_embeddings(tokenizer: nn.Module, x_BLC: Tensor) -> Tensor:
+    """Embeddings [B, l, C] to images float32 [B, 3, H, W] in [0, 1], a few at a time. Tokens missing at the end add
+    nothing, or are zeros where every token has a place of its own."""
+    vq = cast(Tokenizer, tokenizer)
+    at_once = max(1, (PIXELS_GPU if x_BLC.is_cuda else PIXELS_CPU) // vq.image_size**2)
+    return torch.cat([vq.decode_embeddings(part.float()).float() for part in x_BLC.split(at_once)])
 
 
 class DecodeState:
@@ -131,6 +152,7 @@ class Teacher(nn.Module, ABC):
     """
 
     transformer: nn.Module
+    tokenizer: nn.Module
     steps_alike: bool
 
     name: str
@@ -166,7 +188,7 @@ class Teacher(nn.Module, ABC):
     @torch.inference_mode()
     def images(self, tokens: Tensor) -> Tensor:
         """Tokens [B, L] to images float32 [B, 3, H, W] in [0, 1]."""
-        return self._tokenizer.decode(tokens).float()
+        return decode_embeddings(self.tokenizer, self.codebook[tokens])
 
     @abstractmethod
     def plain_sampling(self) -> Sampling:
@@ -258,6 +280,31 @@ class Teacher(nn.Module, ABC):
     def append(self, state: DecodeState, tokens: Tensor) -> None:
         """Fix the group just run: ``tokens`` int64 [B, n]."""
 
+    @torch.inference_mode()
+    def prefill(self, state: DecodeState, tokens: Tensor, released: bool = False) -> None:
+        """Fix the first groups of a batch that has just begun; :meth:`logits` then runs them and the next, in one pass.
+
+        Args:
+            state: after :meth:`decode_state` or :meth:`restart`.
+            tokens: int64 [B, n], of whole groups; none at all change nothing.
+            released: VAR's positions in that pass see one another without a mask, as in the released code of Distilled
+                Decoding: other logits than those of a group after the other.
+
+        Raises:
+            UserError: the batch is under way; n tokens end within a group, or are all there are.
+        """
+        sizes = first_groups(self.groups, tokens.shape[1])
+        if state.group:
+            raise UserError(f"{state.group} groups of this batch are fixed already; call restart before prefill")
+        if len(sizes) == len(self.groups):
+            raise UserError(f"{tokens.shape[1]} tokens are a whole image of {self.name}: nothing is left to draw")
+        if sizes:
+            self._prefill(state, tokens, sizes, released)
+
+    @abstractmethod
+    def _prefill(self, state: DecodeState, tokens: Tensor, sizes: tuple[int, ...], released: bool) -> None:
+        """:meth:`prefill` of groups of ``sizes``, at least one."""
+
     @abstractmethod
     def cache_bytes(self, guided: bool) -> int:
         """Bytes of KV cache for one image."""
@@ -297,6 +344,4 @@ class Teacher(nn.Module, ABC):
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise UserError for labels outside [0, num_classes)."""
-        bad = labels[(labels < 0) | (labels >= self.num_classes)]
-        if bad.numel():
-            raise UserError(f"label {int(bad[0])} is not a class of {self.name}; use 0 to {self.num_classes - 1}")
+        check_labels(labels, self.num_classes, self.name)

@@ -52,6 +52,10 @@ class RasterQuantizer(MultiScaleQuantizer):
     def residual(self, scale: int, h_BnC: Tensor) -> Tensor:
         return h_BnC.transpose(1, 2).reshape(-1, self.channels, self.side, self.side)
 
+    def f_hat_from_embeddings(self, x_BLC: Tensor) -> Tensor:
+        """As it is; tokens missing at the end are zeros."""
+        return super().f_hat_from_embeddings(F.pad(x_BLC, (0, 0, 0, self.side**2 - x_BLC.shape[1])))
+
 
 def build_quantizer(config: DigitsTokenizerConfig) -> MultiScaleQuantizer:
     """The quantizer that ``config`` describes, with random weights."""

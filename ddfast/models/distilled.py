@@ -15,9 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import sampling
 from ..errors import UserError
-from .base import Tokenizer
+from .base import Tokenizer, decode_embeddings
 from .checkpoints import KINDS, Part, load_bundle, read_extra, require_copy, save_bundle
 from .llamagen_vq import LlamaGenTokenizer
 from .student import Student
@@ -62,7 +61,7 @@ class Distilled:
     @torch.inference_mode()
     def images(self, x_BLC: Tensor) -> Tensor:
         """What :func:`ddfast.sampling.few_step` made, to images float32 [B, 3, H, W] in [0, 1]."""
-        return cast(Tokenizer, self.tokenizer).decode_embeddings(x_BLC.float()).float()
+        return decode_embeddings(self.tokenizer, x_BLC)
 
 
 def load_student(
@@ -177,7 +176,7 @@ def _check(name: str, student: Part, tokenizer: Part, timesteps: Sequence[int], 
     wrong = [f"its {what} are {have[what]}, not {need[what]}" for what in need if have[what] != need[what]]
     if wrong:
         raise UserError(f"this tokenizer does not fit {name}: {'; '.join(wrong)}")
-    sampling.check_timesteps(model, timesteps)
+    model.check_timesteps(timesteps)
     if not 0 <= split <= len(model.groups):
         raise UserError(f"split {split} is no group of {name}; use 0 to {len(model.groups)}")
 

@@ -61,10 +61,11 @@ class LlamaGenStudent(Student, LlamaGenTransformer):  # type: ignore[misc]  # fo
         return self.cls_embedding(labels)
 
     def hidden(self, x_BLC: Tensor, known_BL: Tensor, cond_BD: Tensor) -> Tensor:
-        attend = self.attend(x_BLC.device)
+        attend = self.attend(x_BLC)
         x = torch.cat([cond_BD.unsqueeze(1), self.tok_embeddings(x_BLC)], dim=1)
         x = add_n_d_embed(x, known_BL, self.n_d_embed.weight)
-        return self.run_blocks(lambda block, x: block(x, self.rope, attend), x)[:, 1:]
+        rope = self.rope[: x.shape[1]]
+        return self.run_blocks(lambda block, x: block(x, rope, attend), x)[:, 1:]
 
     def logits(self, h_BnD: Tensor, cond_BD: Tensor) -> Tensor:
         return self.output(self.norm(h_BnD))

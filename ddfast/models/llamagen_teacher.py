@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import UserError
 from ..kv_cache import KVCache
+from .attention import causal
 from .base import DecodeState, Sampling, Teacher, Tokenizer
 from .linear import make_linear
 from .llamagen import Block, LlamaGenTransformer, rope_2d
@@ -50,7 +51,8 @@ class LlamaGenState(DecodeState):
     """Buffers of a batch of a LlamaGen teacher.
 
     Attributes:
-        inputs: float32 [R, 1, D], the next position's embedding; becomes its residual stream.
+        inputs: float32 [R, n, D], the next position's embedding, and after a prefill those of all before it; becomes
+            their residual stream.
     """
 
     def __init__(self, capacity: int, weights: tuple[float, ...], teacher: LlamaGenTeacher) -> None:
@@ -59,19 +61,25 @@ class LlamaGenState(DecodeState):
         rows = capacity * (2 if self.guided else 1)
         self.cache = KVCache(c.n_layer, rows, c.kv_heads, c.block_size, c.head_dim, dtype, device)
         self.labels = torch.empty(rows, dtype=torch.int64, device=device)
+        self.prompt: Tensor | None = None
         self._x = torch.empty(rows, 1, c.dim, dtype=torch.promote_types(dtype, torch.float32), device=device)
         self._h = torch.empty(rows, 1, c.dim, dtype=dtype, device=device)
         self._heads = torch.empty(rows, c.n_head, c.head_dim, dtype=dtype, device=device)
         self._hidden = torch.empty(rows, 1, c.ffn_hidden, dtype=dtype, device=device)
 
+    def begin(self, batch: int) -> None:
+        super().begin(batch)
+        self.prompt = None
+
     @property
     def inputs(self) -> Tensor:
-        return self._x[: self.rows]
+        return self._x[: self.rows] if self.prompt is None else self.prompt
 
-    def branches(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Buffers for a branch's normed input, what its heads attended to, and its hidden layer."""
-        rows = self.rows
-        return self._h[:rows], self._heads[:rows], self._hidden[:rows]
+    def branches(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Buffers for a branch's normed input, what its heads attended to, and its hidden layer, at n positions."""
+        rows, own = self.rows, (self._h, self._heads, self._hidden)
+        h, heads, hidden = (t[:rows] if n == 1 else t.new_empty(rows * n, *t.shape[1:]) for t in own)
+        return h.view(rows, n, -1), heads, hidden.view(rows, n, -1)
 
 
 class LlamaGenTeacher(Teacher):
@@ -168,25 +176,42 @@ class LlamaGenTeacher(Teacher):
         assert isinstance(state, LlamaGenState)
         c, weights, rows = self.transformer.config, self._built(), state.rows
         x, eps, length = state.inputs, c.norm_eps, state.cache.length
-        h, heads, hidden = state.branches()
-        flat, scale = heads.view(rows, 1, c.dim), c.head_dim**-0.5
+        n = x.shape[1]
+        h, heads, hidden = state.branches(n)
+        flat, scale = heads.view(rows, n, c.dim), c.head_dim**-0.5
         branch: Tensor | None = None
         for layer, kv in zip(weights.layers, state.cache.layers(rows), strict=True):
             ops.add_rms_norm(x, branch, layer.attention_norm_D, eps, h)
-            qkv = layer.qkv(h).view(rows, 1, -1, c.head_dim)
+            qkv = layer.qkv(h).view(rows, n, -1, c.head_dim)
             ops.append_rotated(qkv, c.n_head, weights.rope, kv, length)
-            ops.decode_attention(qkv[:, 0, : c.n_head], kv, length, scale, heads)
+            if n == 1:
+                ops.decode_attention(qkv[:, 0, : c.n_head], kv, length, scale, heads)
+            else:
+                k, v = kv[:, :, :, :n].unbind(0)
+                mixed_RHnd = causal(qkv[:, :, : c.n_head].transpose(1, 2), k, v, scale)
+                heads.copy_(mixed_RHnd.transpose(1, 2).flatten(0, 1))
             ops.add_rms_norm(x, layer.wo(flat), layer.ffn_norm_D, eps, h)
             ops.swiglu(layer.w13(h), hidden)
             branch = layer.w2(hidden)
+        assert branch is not None
+        if n > 1:  # only the last position's logits are wanted
+            x, branch, h = (t[:, -1:].contiguous() for t in (x, branch, h))
         ops.add_rms_norm(x, branch, weights.norm_D, eps, h)
         return state.split(weights.output(h))
 
     @torch.inference_mode()
     def append(self, state: DecodeState, tokens: Tensor) -> None:
         assert isinstance(state, LlamaGenState)
-        state.cache.advance(1)
+        state.cache.advance(state.inputs.shape[1])
         state.group += 1
+        state.prompt = None
         if state.group < len(self.groups):
             embedded = self.transformer.tok_embeddings(tokens)
             state.inputs.view(state.copies, state.batch, 1, -1).copy_(embedded)
+
+    def _prefill(self, state: DecodeState, tokens: Tensor, sizes: tuple[int, ...], released: bool) -> None:
+        assert isinstance(state, LlamaGenState)
+        state.group = len(sizes)
+        first = self.transformer.cls_embedding(state.labels[: state.rows]).unsqueeze(1)
+        embedded = self.transformer.tok_embeddings(tokens).repeat(state.copies, 1, 1)
+        state.prompt = torch.cat([first, embedded], dim=1).to(torch.promote_types(self.dtype, torch.float32))

@@ -75,8 +75,12 @@ class LlamaGenTokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(h_BChw))
 
     def decode_embeddings(self, x_BLC: Tensor) -> Tensor:
-        """Embeddings [B, L, C] (codebook rows or continuous ones) to images [B, 3, H, W] in [0, 1]."""
-        return self.decode_raw(x_BLC).clamp(-1, 1).add(1).mul(0.5)
+        """Embeddings [B, L, C] (codebook rows or continuous ones) to images [B, 3, H, W] in [0, 1].
+
+        Tokens missing at the end are zeros.
+        """
+        whole_BLC = F.pad(x_BLC, (0, 0, 0, self.config.grid**2 - x_BLC.shape[1]))
+        return self.decode_raw(whole_BLC).clamp(-1, 1).add(1).mul(0.5)
 
     def decode_continuous(self, x_BLC: Tensor) -> Tensor:
         """Embeddings [B, L, C] to images [B, 3, H, W], nominally in [0, 1], not clamped: every pixel has a gradient."""

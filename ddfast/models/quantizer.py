@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import nearest_code
+from .groups import first_groups
 
 
 def phi_index(scale: int, num_scales: int, share: int) -> int:
@@ -131,11 +132,14 @@ class MultiScaleQuantizer(nn.Module):
         return conv.weight.detach().flatten(2).permute(2, 1, 0).contiguous(), conv.bias.detach()
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """[B, L, ...] into one [B, n, ...] per scale."""
-        return x.split([pn * pn for pn in self.patch_nums], dim=1)
+        """[B, L, ...] into one [B, n, ...] per scale. ``x`` may end behind any scale."""
+        return x.split(first_groups([pn * pn for pn in self.patch_nums], x.shape[1]), dim=1)
 
     def f_hat_from_embeddings(self, x_BLC: Tensor) -> Tensor:
-        """Embeddings of all scales [B, L, C] (codebook rows or continuous ones) to the latent map [B, C, h, w]."""
+        """Embeddings [B, L, C] (codebook rows or continuous ones) to the latent map [B, C, h, w].
+
+        They may end behind any scale; those missing add nothing.
+        """
         f_hat = self.empty_f_hat(x_BLC.shape[0])
         for scale, h_BnC in enumerate(self.split(x_BLC)):
             f_hat = f_hat + self.residual(scale, h_BnC)

@@ -9,10 +9,9 @@ Axes: B images, L tokens of an image, V codebook size, C codebook channels, D wi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from . import fused
 from .attention import Attend, grouped
+from .groups import first_groups, starts
 
 HEAD_EPS = 1e-6
 NEW_STD = 0.02  # of what the teacher does not have
@@ -91,6 +91,7 @@ class Student(nn.Module, ABC):
         """The residual stream [B, L, D] that both heads read.
 
         ``known`` int64 [B or 1, 1 + L]: 1 where a position, the condition's first, holds data, 0 where it holds noise.
+        Both may end behind any group: no position sees a later one.
         """
 
     @abstractmethod
@@ -117,17 +118,21 @@ class Student(nn.Module, ABC):
 
     def starts(self) -> list[int]:
         """Where each group begins, and L last."""
-        return [0, *accumulate(self.groups)]
+        return starts(self.groups)
 
-    def attend(self, device: torch.device) -> Attend:
-        """The attention rule, with the condition as a group of its own."""
-        return grouped((1, *self.groups), device)
+    def attend(self, x_BLC: Tensor) -> Attend:
+        """The attention rule among the condition, a group of its own, and the tokens of ``x``, which are whole groups."""
+        return grouped((1, *first_groups(self.groups, x_BLC.shape[1])), x_BLC.device)
 
-    def known(self, t: int | Tensor, device: torch.device) -> Tensor:
-        """Which positions hold data at timestep ``t`` (an int, or int64 [B]): int64 [1 or B, 1 + L]."""
+    def known(self, t: int | Tensor, device: torch.device, length: int | None = None) -> Tensor:
+        """Which positions hold data at timestep ``t`` (an int, or int64 [B]): int64 [1 or B, 1 + L].
+
+        ``length`` tokens in place of all L.
+        """
         starts = torch.tensor(self.starts(), device="cpu").to(device, non_blocking=True)
         first_noise = starts[t].reshape(-1, 1)
-        return (torch.arange(-1, self.num_tokens, device=device) < first_noise).long()
+        last = self.num_tokens if length is None else length
+        return (torch.arange(-1, last, device=device) < first_noise).long()
 
     def run_blocks(self, run: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
         """``x`` through all blocks by ``run(block, x)``."""
@@ -154,8 +159,10 @@ class Student(nn.Module, ABC):
         return self.embeddings(h, cond), self.logits(h, cond)
 
     @torch.inference_mode()
-    def predict(self, labels: Tensor, x: Tensor, t: int, codebook: Tensor, split: int) -> Tensor:
-        """One step: the whole image, each head run only where it is read.
+    def predict(
+        self, labels: Tensor, x: Tensor, t: int, codebook: Tensor, split: int, stop: int | None = None
+    ) -> Tensor:
+        """One step: the whole image, or its first groups, each head run only where it is read.
 
         Args:
             labels: int64 [B].
@@ -164,19 +171,22 @@ class Student(nn.Module, ABC):
             codebook: [V, C].
             split: groups before it become codebook rows, those of the largest logits; the others what the embedding
                 head says.
+            stop: predict groups before it alone, all by default. Later ones, which these do not see, are not computed.
 
         Returns:
-            [B, L, C]: ``x`` in groups before ``t``, predictions from there on.
+            [B, L, C], or as many tokens as groups before ``stop`` have: ``x`` in groups before ``t``, predictions from
+            there on.
         """
         self.check_timestep(t)
+        last = len(self.groups) if stop is None else stop
         starts = self.starts()
-        first, middle = starts[t], starts[min(max(t, split), len(self.groups))]
-        cond = self.cond(labels)
-        h = self.hidden(x.to(cond.dtype), self.known(t, x.device), cond)
+        first, middle, length = starts[t], starts[min(max(t, split), last)], starts[last]
+        x, cond = x[:, :length], self.cond(labels)
+        h = self.hidden(x.to(cond.dtype), self.known(t, x.device, length), cond)
         out = x.clone()
         if middle > first:
             out[:, first:middle] = codebook[self.logits(h[:, first:middle], cond).argmax(-1)].to(out.dtype)
-        if middle < self.num_tokens:
+        if middle < length:
             out[:, middle:] = self.embeddings(h[:, middle:], cond).to(out.dtype)
         return out
 
@@ -184,6 +194,14 @@ class Student(nn.Module, ABC):
         """Raise UserError for a timestep that is no group."""
         if not 0 <= t < len(self.groups):
             raise UserError(f"timestep {t} is no group of this student; use 0 to {len(self.groups) - 1}")
+
+    def check_timesteps(self, timesteps: Sequence[int]) -> None:
+        """Raise UserError unless ``timesteps`` are groups, rising, and begin at 0."""
+        for t in timesteps:
+            self.check_timestep(t)
+        if not timesteps or timesteps[0] != 0 or any(b <= a for a, b in zip(timesteps, timesteps[1:], strict=False)):
+            listed = ",".join(map(str, timesteps))
+            raise UserError(f"timesteps {listed or '(none)'} must begin at 0 and rise, e.g. 0,{len(self.groups) // 2}")
 
     @torch.no_grad()
     def init_own(self, generator: torch.Generator | None) -> None:

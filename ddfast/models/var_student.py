@@ -84,8 +84,9 @@ class VARStudent(Student, VARTransformer):  # type: ignore[misc]  # forward is t
             rows_2D = self.n_d_embed.weight
             return known_BL, self.layerwise_n_d_embed[place](rows_2D) if self.settings.layerwise else rows_2D
 
-        attend, mods = self.attend(x_BLC.device), self.modulations(cond_BD)
-        x = torch.cat([self.start_tokens(cond_BD), self.word_embed(x_BLC)], dim=1) + self.positions()
+        attend, mods = self.attend(x_BLC), self.modulations(cond_BD)
+        x = torch.cat([self.start_tokens(cond_BD), self.word_embed(x_BLC)], dim=1)
+        x = x + self.positions()[:, : x.shape[1]]
         x = add_n_d_embed(x, known_BL, self.n_d_embed.weight)
         places = {block: place for place, block in enumerate(self.blocks)}
 

@@ -75,11 +75,14 @@ class VARState(DecodeState):
     """Buffers of a batch of a VAR teacher.
 
     Attributes:
-        inputs: float32 [R, n, D], the next scale's embedded input; becomes its residual stream.
+        inputs: float32 [R, n, D], the next scale's embedded input, and after a prefill those of the scales before it;
+            becomes their residual stream.
+        unmasked: whether these positions see one another without a mask.
         f_hat: float32 [B, S, C], the latent map so far.
     """
 
     inputs: Tensor
+    unmasked: bool
 
     def __init__(self, capacity: int, weights: tuple[float, ...], teacher: VARTeacher) -> None:
         super().__init__(capacity, weights)
@@ -237,6 +240,7 @@ class VARTeacher(Teacher):
             state.mods[i, :, :rows].copy_(mods_R6D.transpose(0, 1))
         state.head_mods[:, :rows].copy_(weights.head_modulation(active).view(rows, 2, dim).transpose(0, 1))
         state.f_hat.zero_()
+        state.unmasked = False
         first = self.groups[0]
         state.inputs = state.stream(rows, first)
         start = model.pos_start[0] + weights.positions_LD[:first]
@@ -248,11 +252,10 @@ class VARTeacher(Teacher):
         c, weights, cache = self.transformer.config, self._built(), state.cache
         x, eps = state.inputs, c.norm_eps
         rows, n, dim = x.shape
-        stop = cache.start + n
         width = dim // c.num_heads
         attn_scale = 1.0 if c.attn_l2_norm else 0.25 / math.sqrt(width)
         h, heads = state.branches(x)
-        heads_RnHd = heads.view(rows, n, c.num_heads, width)
+        scales = [n] if state.unmasked else self._scales_in(state, n)
         branch: Tensor | None = None
         gate: Tensor | None = None
         for layer, mods, kv in zip(weights.layers, state.mods[:, :, :rows].unbind(0), cache.layers(rows), strict=True):
@@ -260,20 +263,54 @@ class VARTeacher(Teacher):
             ops.add_layer_norm(x, branch, gate, scale1, shift1, eps, h)
             qkv = layer.qkv(h).view(rows, n, 3, c.num_heads, width)
             ops.append_normed(qkv, layer.scale_H, kv, cache.length)
-            ops.attention(qkv[:, :, 0], kv[0, :, :, :stop], kv[1, :, :, :stop], attn_scale, heads_RnHd)
+            attend_by_scales(qkv[:, :, 0], kv, cache.start, scales, attn_scale, heads, h)
             ops.add_layer_norm(x, layer.proj(heads), gamma1, scale2, shift2, eps, h)
             branch, gate = layer.fc2(layer.fc1(h)), gamma2
+        assert branch is not None
         scale, shift = state.head_mods[:, :rows].unbind(0)
+        if n > scales[-1] or state.unmasked:  # only the last scale's logits are wanted
+            last = self.groups[state.group]
+            x, branch, h = (t[:, -last:].contiguous() for t in (x, branch, h))
         ops.add_layer_norm(x, branch, gate, scale, shift, eps, h)
         return state.split(weights.head(h))
+
+    def _scales_in(self, state: DecodeState, n: int) -> list[int]:
+        """Sizes of the scales that ``n`` positions to run belong to: the next one, and after a prefill those before."""
+        first = state.group
+        while sum(self.groups[first : state.group + 1]) < n:
+            first -= 1
+        return list(self.groups[first : state.group + 1])
 
     @torch.inference_mode()
     def append(self, state: DecodeState, tokens: Tensor) -> None:
         assert isinstance(state, VARState)
-        weights = self._built()
-        k, scale = state.group, weights.scales[state.group]
-        start = sum(self.groups[: k + 1])
-        state.cache.advance(self.groups[k])
+        state.cache.advance(state.inputs.shape[1])
+        embedded = self._follow(state, tokens)
+        state.unmasked = False
+        if embedded is not None:
+            state.inputs = state.stream(state.rows, embedded.shape[1])
+            halves = state.inputs.view(state.copies, state.batch, *embedded.shape[1:])
+            torch.add(embedded, self._positions(state), out=halves[0])
+            halves[1:].copy_(halves[0])
+
+    def _prefill(self, state: DecodeState, tokens: Tensor, sizes: tuple[int, ...], released: bool) -> None:
+        assert isinstance(state, VARState)
+        parts = [state.inputs]
+        for tokens_Bn in tokens.split(list(sizes), dim=1):
+            embedded = self._follow(state, tokens_Bn)
+            assert embedded is not None
+            parts.append((embedded + self._positions(state)).repeat(state.copies, 1, 1))
+        state.inputs, state.unmasked = torch.cat(parts, dim=1), released
+
+    def _positions(self, state: DecodeState) -> Tensor:
+        """Position and level embeddings of the next scale: [n, D]."""
+        start = sum(self.groups[: state.group])
+        return self._built().positions_LD[start : start + self.groups[state.group]]
+
+    def _follow(self, state: VARState, tokens: Tensor) -> Tensor | None:
+        """One scale's tokens [B, n] into the latent map; the next scale's map, embedded [B, m, D], or None at the end."""
+        weights, k = self._built(), state.group
+        scale = weights.scales[k]
         state.group += 1
         n = self.groups[k + 1] if k + 1 < len(self.groups) else 0
         following = state.following(n) if n else None
@@ -288,9 +325,27 @@ class VARTeacher(Teacher):
             scale.down,
             following,
         )
-        if following is not None:
-            embedded = weights.word_embed(following.to(self.dtype))
-            state.inputs = state.stream(state.rows, n)
-            halves = state.inputs.view(state.copies, state.batch, n, -1)
-            torch.add(embedded, weights.positions_LD[start : start + n], out=halves[0])
-            halves[1:].copy_(halves[0])
+        return None if following is None else weights.word_embed(following.to(self.dtype))
+
+
+def attend_by_scales(
+    q_RnHd: Tensor, kv: Tensor, start: int, scales: list[int], scale: float, heads_RnD: Tensor, spare_RnD: Tensor
+) -> None:
+    """Attention of consecutive scales, each to itself and what is before it in the cache.
+
+    Args:
+        kv: [2, R, H, L, d], filled up to these positions, which begin at ``start``.
+        scales: n of each.
+        heads_RnD: receives the heads' outputs.
+        spare_RnD: is written over, where there are several scales.
+    """
+    rows, n, heads, width = q_RnHd.shape
+    out, stop = heads_RnD.view(rows, n, heads, width), 0
+    for size in scales:
+        first, stop = stop, stop + size
+        whole = len(scales) == 1
+        part = out if whole else spare_RnD.view(-1)[: rows * size * heads * width].view(rows, size, heads, width)
+        k, v = kv[:, :, :, : start + stop].unbind(0)
+        ops.attention(q_RnHd[:, first:stop], k, v, scale, part)
+        if not whole:
+            out[:, first:stop] = part

@@ -70,6 +70,20 @@ class PairDataset(Dataset[Pairs]):
             raise IndexError(f"pair index out of range: the folder holds {self._length}")
         return self._gather("labels", pairs).long(), self._gather("tokens", pairs).long()
 
+    def labels(self) -> Tensor:
+        """Of all pairs: int64 [N]."""
+        return torch.cat([shard["labels"] for shard in self._shards]).long()
+
+    def tokens_at(self, pairs: Tensor, positions: Tensor) -> Tensor:
+        """One token each, int64 [n]: of the ``pairs`` int64 [n] at the ``positions`` int64 [n]."""
+        shard_of, rows = pairs // self.manifest.shard_size, pairs % self.manifest.shard_size
+        out = torch.empty_like(pairs)
+        for shard in shard_of.unique().tolist():
+            here = shard_of == shard
+            words = self._shards[shard]["tokens"].view(torch.int16)  # gathering knows no uint16
+            out[here] = words[rows[here], positions[here]].long() & 0xFFFF
+        return out
+
     def noise(self, pairs: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Noise float32 [B, L, C] of the ``pairs`` int64 [B], on ``device``; made there unless it was stored."""
         m = self.manifest
