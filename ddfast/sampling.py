@@ -59,8 +59,8 @@ def teacher_plan(groups: int, skip: int = 0) -> Plan:
 
 
 def involved_plan(first: int, stop: int, groups: int) -> Plan:
-    """Alg. 4: student, teacher in groups ``first`` to ``stop`` - 1, student. The paper counts from 1: pre-trained-4-6 is
-    3, 5.
+    """Alg. 4: student, teacher in groups ``first`` to ``stop`` - 1, student. The paper counts from 1:
+    pre-trained-4-6 is (3, 5).
 
     Raises:
         UserError: these are no groups.

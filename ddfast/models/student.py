@@ -121,7 +121,7 @@ class Student(nn.Module, ABC):
         return starts(self.groups)
 
     def attend(self, x_BLC: Tensor) -> Attend:
-        """The attention rule among the condition, a group of its own, and the tokens of ``x``, which are whole groups."""
+        """The attention rule among the condition, a group of its own, and the tokens of ``x``, whole groups."""
         return grouped((1, *first_groups(self.groups, x_BLC.shape[1])), x_BLC.device)
 
     def known(self, t: int | Tensor, device: torch.device, length: int | None = None) -> Tensor:

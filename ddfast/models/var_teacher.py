@@ -308,7 +308,7 @@ class VARTeacher(Teacher):
         return self._built().positions_LD[start : start + self.groups[state.group]]
 
     def _follow(self, state: VARState, tokens: Tensor) -> Tensor | None:
-        """One scale's tokens [B, n] into the latent map; the next scale's map, embedded [B, m, D], or None at the end."""
+        """One scale's tokens [B, n] into the latent map; the next scale's map, embedded [B, m, D], or None."""
         weights, k = self._built(), state.group
         scale = weights.scales[k]
         state.group += 1
