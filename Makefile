@@ -27,7 +27,7 @@ demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, i
 	$(ENV)/ddfast train --teacher digits-var --pairs demo/var/pairs --out demo/var/student \
 	  && wait $$! && tail -n 1 demo/llamagen/train.log || { kill $$! 2> /dev/null; tail demo/llamagen/train.log; exit 1; }
 	$(ENV)/ddfast digits eval --student demo/var/student --student demo/llamagen/student
-	@echo "One-step pictures, below the teacher's of the same noise:" demo/*/student/samples/*.png
+	@for family in var llamagen; do $(ENV)/ddfast sample --student demo/$$family/student --compare --out demo/$$family/compare.png; done
 
 test: .venv/installed-test  ## the tests
 	$(ENV)/pytest tests

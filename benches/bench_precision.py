@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ddfast import ops
 from ddfast.digits.classifier import load_classifier
-from ddfast.digits.evaluate import SEED, flow_map, measure
+from ddfast.digits.evaluate import SEED, drawn, measure
 from ddfast.digits.train import CLASSIFIER_FILE
 from ddfast.errors import UserError
 from ddfast.flow import make_solver
@@ -39,6 +39,7 @@ from ddfast.models import TEACHERS, Sampling, Teacher, load_teacher
 from ddfast.models.linear import EMULATED, check_precision
 from ddfast.models.llamagen import LlamaGenTransformer
 from ddfast.models.zoo import BUNDLED
+from ddfast.sampling import Drawing, Sampler, teacher_plan
 
 SAMPLES = 2000
 NATIVE = ("float32", "native")
@@ -178,10 +179,7 @@ def effect(teacher: Teacher, prefix: Prefix, sampling: Sampling, reference: list
 def quality(teacher: Teacher, sampling: Sampling, samples: int) -> dict[str, float]:
     """Accuracy and Frechet distance of samples through the flow."""
     classifier, reference = load_classifier(BUNDLED / CLASSIFIER_FILE)
-
-    def draw(labels: Tensor, first: int) -> Tensor:
-        return teacher.images(flow_map(teacher, labels, first, sampling, SEED))
-
+    draw = drawn(Sampler(drawing=Drawing(teacher, sampling)), teacher_plan(len(teacher.groups)), SEED)
     return {"samples": samples, **measure(draw, teacher.num_classes, classifier, reference, samples)[0].to_dict()}
 
 

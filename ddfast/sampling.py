@@ -81,6 +81,19 @@ def passes(plan: Plan) -> int:
     return sum({STUDENT: 1, TEACHER: leg.stop - leg.first, MARGINALS: 1}[leg.who] for leg in plan)
 
 
+def plan_name(plan: Plan, groups: int) -> str:
+    """What the paper calls ``plan``: skip-n, onestep*, pre-trained-n-m (counted from 1); else teacher or "2 steps"."""
+    who = [leg.who for leg in plan]
+    if who == [MARGINALS]:
+        return "onestep*"
+    if who == [TEACHER]:
+        return f"skip-{groups - plan[-1].stop}" if plan[-1].stop < groups else "teacher"
+    if who.count(TEACHER) == 1:
+        leg = plan[who.index(TEACHER)]
+        return f"pre-trained-{leg.first + 1}-{leg.stop + 1}"
+    return f"{len(plan)} step" + "s" * (len(plan) > 1)
+
+
 def sample_noise(seed: int, samples: Tensor, length: int, channels: int) -> Tensor:
     """Noise float32 [B, length, channels] of the ``samples`` int64 [B], on their device: that of the same pairs."""
     return ops.normal_noise(seed, samples, 0, length, channels)
@@ -265,8 +278,9 @@ class Sampler:
         assert self.drawing is not None
         d, start, stop = self.drawing, self.starts[leg.first], self.starts[leg.stop]
         decoder = self._decoder
-        if decoder is None or decoder.state.capacity < len(labels):
-            decoder = self._decoder = Decoder(d.teacher, labels, d.sampling, d.solver)
+        if decoder is None or decoder.state.capacity < len(labels) or decoder.state.cache.positions < stop:
+            self._decoder = None  # before its successor takes memory
+            decoder = self._decoder = Decoder(d.teacher, labels, d.sampling, d.solver, leg.stop)
         else:
             decoder.begin(labels)
         rows = slice(0, len(labels))

@@ -28,10 +28,11 @@ from ddfast.digits.classifier import (
 from ddfast.digits.data import Batches, Digits, augment, enlarge, load_digits
 from ddfast.digits.evaluate import Quality, measure_teacher
 from ddfast.digits.loop import Ema, Schedule, fit
-from ddfast.digits.metrics import FeatureStatistics, accuracy, feature_statistics, frechet_distance, psnr
+from ddfast.digits.metrics import accuracy, psnr
 from ddfast.digits.tokenizer import quantize_with_loss, round_trip_psnr, scales_kept
 from ddfast.digits.train import NAMES, classifier_accuracy, train_digits
 from ddfast.errors import UserError
+from ddfast.evaluation.statistics import FeatureStatistics, feature_statistics, frechet_distance
 from ddfast.models import load_teacher
 from ddfast.models.checkpoints import load_bundle
 from ddfast.models.digits import DigitsTokenizer, DigitsTokenizerConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddfast.errors import UserError
+from ddfast.evaluation.features import declare_torchvision_operators
 from ddfast.models.digits import DigitsTokenizer, DigitsTokenizerConfig
 from ddfast.models.llamagen_vq import LlamaGenTokenizer, LlamaGenTokenizerConfig
 from ddfast.models.var_vqvae import VARTokenizer, VARTokenizerConfig
@@ -135,29 +136,10 @@ def test_lpips_is_its_formula(vgg_file: Path, heads: Path) -> None:
     assert got.min() > 0.01
 
 
-@pytest.fixture
-def torchvision_operators() -> Iterator[None]:
-    """Without CUDA, PyPI's torchvision finds its operators missing and cannot be imported: declare them."""
-    spec = importlib.util.find_spec("torchvision")
-    assert spec is not None and spec.origin is not None
-    try:
-        for library in Path(spec.origin).parent.glob("_C*"):
-            torch.ops.load_library(library)
-        yield
-    except OSError:
-        declared = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        DECLARED.append(declared)
-        yield
-
-
-DECLARED: list[torch.library.Library] = []  # what is declared lives as long as this
-
-
 @pytest.mark.skipif(importlib.util.find_spec("lpips") is None, reason="the lpips package is not installed")
 @pytest.mark.filterwarnings("ignore")  # torchvision's, about its old arguments
-def test_lpips_is_that_of_the_lpips_package(tmp_path: Path, torchvision_operators: None) -> None:
+def test_lpips_is_that_of_the_lpips_package(tmp_path: Path) -> None:
+    declare_torchvision_operators()
     import lpips
 
     with torch.random.fork_rng():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -327,3 +329,20 @@ def test_a_label_that_is_no_class_is_refused(
     for plan in (teacher_plan(groups), few_step_plan((0,), groups)):
         with pytest.raises(UserError, match="label 5 is not a class of tiny-dd; use 0 to 4"):
             Sampler(student, drawing(teacher)).embeddings(labels + 1, noise, plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_plan_on_a_gpu(student: Distilled, teacher: Teacher, batch: tuple[Tensor, Tensor]) -> None:
+    """As on the CPU, up to the rounding of float32: nearly all tokens, and finite images."""
+    labels, noise = batch
+    groups = len(teacher.groups)
+    parts = {"student": deepcopy(student.student).cuda(), "tokenizer": deepcopy(student.tokenizer).cuda()}
+    there, theirs = replace(student, **parts), deepcopy(teacher).cuda()
+    for ordinary in (False, True):
+        cpu = Sampler(student, drawing(teacher, ordinary=ordinary))
+        gpu = Sampler(there, drawing(theirs, ordinary=ordinary))
+        for plan in (few_step_plan((0, 2), groups), involved_plan(1, 2, groups), teacher_plan(groups)):
+            got = gpu.embeddings(labels.cuda(), noise.cuda(), plan).cpu()
+            assert ((got - cpu.embeddings(labels, noise, plan)).abs() < 1e-2).float().mean() > 0.95
+            assert gpu.images(labels.cuda(), noise.cuda(), plan).isfinite().all()

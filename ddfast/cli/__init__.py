@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import UserError, WorkError
-from . import convert, digits, info, pairs, train
+from . import convert, digits, eval, info, pairs, report, sample, train
 
 EPILOG = """\
 try it now, on a laptop, without downloads:
   ddfast pairs --teacher digits-var --num 2000 --out pairs/
-  ddfast pairs show pairs/ --out grid.png
+  ddfast train --teacher digits-var --pairs pairs/ --steps 300 --out runs/first
+  ddfast sample --student runs/first --compare --out grid.png
 """
 
 
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ddfast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (info, pairs, train, convert, digits):
+    for command in (info, pairs, train, sample, eval, report, convert, digits):
         command.add_parser(commands)
     parser.set_defaults(func=None)
     return parser

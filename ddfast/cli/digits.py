@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from ..digits.train import CLASSIFIER, NAMES, Report, measure_files, measure_students, train_digits, write_report
 from ..files import write_atomic
 from ..models.zoo import BUNDLED
+from .progress import progress_bar
 
 DESCRIPTION = """\
 The digits teachers that ship with ddfast are trained by ddfast, on scikit-learn's 1797 handwritten digits.
@@ -69,7 +70,7 @@ def chosen(only: str | None) -> tuple[str, ...]:
 
 def train_command(args: argparse.Namespace) -> int:
     names, console, begin = chosen(args.only), Console(stderr=True), time.monotonic()
-    with progress_bar(console) as bar:
+    with progress_bar(console, TextColumn("loss {task.fields[loss]:.4f}")) as bar:
         stages = StageBars(bar)
         train_digits(args.out, names, args.seed, args.steps_scale, stages)
     seconds = time.monotonic() - begin
@@ -101,18 +102,6 @@ class StageBars:
         if stage not in self.tasks:
             self.tasks[stage] = self.bar.add_task(stage, total=steps, loss=loss)
         self.bar.update(self.tasks[stage], completed=step, loss=loss)
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-    )
 
 
 def print_report(report: Report) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
 from ..errors import UserError
@@ -34,6 +34,7 @@ from ..pairs import (
 from ..pairs.engine import run_of
 from ..pairs.store import Run, shard_path
 from ..pictures import check_ending, grid
+from .progress import progress_bar
 
 DESCRIPTION = """\
 Make (noise, token) pairs: each image's Gaussian noise is mapped to the teacher's tokens by flow matching over the
@@ -76,18 +77,7 @@ def add_parser(commands: Any) -> None:
     what.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     what.add_argument("--shard-size", type=int, default=1024, metavar="N", help="pairs in a file (default: 1024)")
     what.add_argument("--store-noise", action="store_true", help="store the noise too, for use outside ddfast (large)")
-    how = parser.add_argument_group("how the teacher is sampled (default: its preset)")
-    how.add_argument("--preset", metavar="NAME", help="paper or release; see `ddfast info`")
-    how.add_argument("--guidance", type=float, metavar="S", help="classifier-free guidance scale, the family's own")
-    how.add_argument("--guidance-interval", type=int, metavar="N", help="LlamaGen's cfg_interval; -1 is off")
-    how.add_argument("--top-k", type=int, metavar="K", help="0 is off")
-    how.add_argument("--top-p", type=float, metavar="P", help="off is 0 for VAR and 1 for LlamaGen, as in their code")
-    how.add_argument("--temperature", type=float, metavar="T")
-    defaults = ", ".join(f"{name} {nfe}" for name, nfe in DEFAULT_NFE.items())
-    how.add_argument("--solver", choices=list(SOLVERS), default=DEFAULT_SOLVER, help=f"of the flow ({DEFAULT_SOLVER})")
-    how.add_argument(
-        "--nfe", type=int, metavar="N", help=f"its most evaluations of the field a token (default: {defaults})"
-    )
+    add_teacher_sampling(parser)
     run = parser.add_argument_group("how it runs (decides only rounding; recorded with each shard)")
     run.add_argument(
         "--batch",
@@ -125,6 +115,23 @@ def add_parser(commands: Any) -> None:
     verify.set_defaults(func=verify_pairs)
 
 
+def add_teacher_sampling(parser: argparse.ArgumentParser) -> Any:
+    """The options that decide a teacher's distribution and the flow; returns their group."""
+    how = parser.add_argument_group("how the teacher is sampled (default: its preset)")
+    how.add_argument("--preset", metavar="NAME", help="paper or release; see `ddfast info`")
+    how.add_argument("--guidance", type=float, metavar="S", help="classifier-free guidance scale, the family's own")
+    how.add_argument("--guidance-interval", type=int, metavar="N", help="LlamaGen's cfg_interval; -1 is off")
+    how.add_argument("--top-k", type=int, metavar="K", help="0 is off")
+    how.add_argument("--top-p", type=float, metavar="P", help="off is 0 for VAR and 1 for LlamaGen, as in their code")
+    how.add_argument("--temperature", type=float, metavar="T")
+    defaults = ", ".join(f"{name} {nfe}" for name, nfe in DEFAULT_NFE.items())
+    how.add_argument("--solver", choices=list(SOLVERS), default=DEFAULT_SOLVER, help=f"of the flow ({DEFAULT_SOLVER})")
+    how.add_argument(
+        "--nfe", type=int, metavar="N", help=f"its most evaluations of the field a token (default: {defaults})"
+    )
+    return how
+
+
 def make(args: argparse.Namespace) -> int:
     for option in ("teacher", "num", "out"):
         if getattr(args, option) is None:
@@ -157,7 +164,7 @@ def make(args: argparse.Namespace) -> int:
         batch = choose_batch(args.batch, teacher, plan)
         say_rounding(console, plan, run_of(teacher, batch, args.precision))
         begin = time.perf_counter()
-        with progress_bar(console) as progress:
+        with progress_bar(console, Rate()) as progress:
             task = progress.add_task(f"pairs of {teacher.name}", total=plan.pairs_missing)
             execute(plan, teacher, batch, lambda n: progress.advance(task, n), precision=args.precision)
         console.print(speed(plan.pairs_missing, time.perf_counter() - begin, batch, world), highlight=False)
@@ -252,19 +259,6 @@ class Rate(ProgressColumn):
         return Text(f"{task.speed:.3g} pairs/s" if task.speed else "- pairs/s")
 
 
-def progress_bar(console: Console) -> Progress:
-    left = TextColumn("left")
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(),
-        TimeRemainingColumn(),
-        left,
-        console=console,
-    )
-
-
 def speed(pairs: int, seconds: float, batch: int, world: int) -> str:
     """How fast this process was, the recording of CUDA graphs and the last write included."""
     whose = f"rank 0 of {world} made " if world > 1 else ""
@@ -316,7 +310,7 @@ def verify_pairs(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.folder)
     console = Console(stderr=True)
     bad = []
-    with progress_bar(console) as progress:
+    with progress_bar(console, Rate()) as progress:
         task = progress.add_task("verifying", total=manifest.num)
         for shard in range(manifest.num_shards):
             try:

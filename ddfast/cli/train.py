@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 from torch import Tensor
 
 from .. import _native
@@ -34,6 +34,7 @@ from ..training.parallel import WAYS, Ranks, joined
 from ..training.source import OnlinePairs, Source, StoredPairs
 from ..training.trainer import PRECISIONS
 from .pairs import choose_device
+from .progress import progress_bar
 
 ONLINE_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # as `ddfast pairs` chooses
 
@@ -237,7 +238,7 @@ def run_training(args: argparse.Namespace, config: TrainConfig, run: Run, device
 
     name = f"{manifest.teacher}-student"
     count = sum(p.numel() for p in student.parameters())
-    with progress_bar(console) as bar, ExitStack() as held:
+    with progress_bar(console, TextColumn("{task.fields[figures]}")) as bar, ExitStack() as held:
         begun = (args.out / LOCK).exists()
         if ranks.first and begun:
             held.enter_context(locked(args.out))
@@ -260,6 +261,7 @@ def run_training(args: argparse.Namespace, config: TrainConfig, run: Run, device
             if not begun:  # a folder that is refused stays as it is
                 held.enter_context(locked(args.out))
             note = {"config": config.to_dict(), "run": {f.name: getattr(run, f.name) for f in fields(Run)}} | identity
+            note["num_pairs"] = manifest.num
             write_atomic(args.out / "config.json", (json.dumps(note, indent=1, sort_keys=True) + "\n").encode())
             if not tensorboard_installed():
                 report.say("tensorboard is not installed, so its curves are left out: pip install 'ddfast[train]'")
@@ -372,15 +374,3 @@ class Lines:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-    )

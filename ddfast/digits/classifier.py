@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ddfast.digits.data import NUM_CLASSES, Batches, Digits, augment
 from ddfast.digits.loop import Progress, Schedule, fit, seeded
-from ddfast.digits.metrics import FeatureStatistics, feature_statistics
 from ddfast.errors import UserError
+from ddfast.evaluation.statistics import FeatureStatistics, feature_statistics
 from ddfast.files import write_atomic
 from ddfast.models.checkpoints import content_hash, read_safetensors
 

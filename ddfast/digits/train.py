@@ -22,10 +22,11 @@ from ddfast.digits.classifier import (
 from ddfast.digits.data import Digits, enlarge, load_digits
 from ddfast.digits.evaluate import SAMPLES, measure_teacher
 from ddfast.digits.loop import Progress
-from ddfast.digits.metrics import FeatureStatistics, accuracy
+from ddfast.digits.metrics import accuracy
 from ddfast.digits.teachers import RECIPES, train_teacher
 from ddfast.digits.tokenizer import round_trip_psnr
 from ddfast.errors import UserError
+from ddfast.evaluation.statistics import FeatureStatistics
 from ddfast.files import write_atomic
 from ddfast.models.checkpoints import Part, load_bundle, make_part, save_bundle
 from ddfast.models.digits import DigitsTokenizer

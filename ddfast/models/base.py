@@ -247,18 +247,21 @@ class Teacher(nn.Module, ABC):
         return self._prepared[1]
 
     @abstractmethod
-    def _new_state(self, capacity: int, weights: tuple[float, ...]) -> DecodeState:
-        """Allocate all that a batch of ``capacity`` images needs."""
+    def _new_state(self, capacity: int, weights: tuple[float, ...], positions: int) -> DecodeState:
+        """Allocate all that a batch of ``capacity`` images needs for its first ``positions`` tokens."""
 
     @torch.inference_mode()
-    def decode_state(self, labels: Tensor, guidance: float, interval: int = -1) -> DecodeState:
+    def decode_state(self, labels: Tensor, guidance: float, interval: int = -1, stop: int | None = None) -> DecodeState:
         """Start a batch: ``labels`` int64 [B]. Allocates what it needs, once: see :meth:`restart`.
+
+        ``stop``: only groups before it will be drawn, so that the KV cache holds no more; all by default.
 
         Raises:
             UserError: a label that is not a class, or an interval where guidance has none.
         """
         self.check_labels(labels)
-        state = self._new_state(len(labels), self.guidance_weights(guidance, interval))
+        weights = self.guidance_weights(guidance, interval)
+        state = self._new_state(len(labels), weights, sum(self.groups[:stop]))
         self.restart(state, labels)
         return state
 
@@ -341,6 +344,13 @@ class Teacher(nn.Module, ABC):
     def filter(self, sampling: Sampling) -> LogitFilter:
         """The logit filter of ``sampling`` under this family's conventions."""
         return LogitFilter(sampling.temperature, sampling.top_k, sampling.top_p, rule=self.filter_rule)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raise UserError for settings that this teacher cannot be sampled with."""
+        self.guidance_weights(sampling.guidance, sampling.guidance_interval)
+        entries = len(self.codebook)
+        if self.filter(sampling).top_k > entries:
+            raise UserError(f"top-k is {sampling.top_k}, but {self.name} has {entries} tokens; use 0 for all")
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise UserError for labels outside [0, num_classes)."""

@@ -55,11 +55,11 @@ class LlamaGenState(DecodeState):
             their residual stream.
     """
 
-    def __init__(self, capacity: int, weights: tuple[float, ...], teacher: LlamaGenTeacher) -> None:
+    def __init__(self, capacity: int, weights: tuple[float, ...], teacher: LlamaGenTeacher, positions: int) -> None:
         super().__init__(capacity, weights)
         c, device, dtype = teacher.transformer.config, teacher.device, teacher.dtype
         rows = capacity * (2 if self.guided else 1)
-        self.cache = KVCache(c.n_layer, rows, c.kv_heads, c.block_size, c.head_dim, dtype, device)
+        self.cache = KVCache(c.n_layer, rows, c.kv_heads, positions, c.head_dim, dtype, device)
         self.labels = torch.empty(rows, dtype=torch.int64, device=device)
         self.prompt: Tensor | None = None
         self._x = torch.empty(rows, 1, c.dim, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -158,8 +158,8 @@ class LlamaGenTeacher(Teacher):
             rope=rope_2d(math.isqrt(c.block_size), c.head_dim, c.rope_base).to(self.device, wide),
         )
 
-    def _new_state(self, capacity: int, weights: tuple[float, ...]) -> LlamaGenState:
-        return LlamaGenState(capacity, weights, self)
+    def _new_state(self, capacity: int, weights: tuple[float, ...], positions: int) -> LlamaGenState:
+        return LlamaGenState(capacity, weights, self, positions)
 
     @torch.inference_mode()
     def restart(self, state: DecodeState, labels: Tensor) -> None:

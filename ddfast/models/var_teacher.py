@@ -84,12 +84,12 @@ class VARState(DecodeState):
     inputs: Tensor
     unmasked: bool
 
-    def __init__(self, capacity: int, weights: tuple[float, ...], teacher: VARTeacher) -> None:
+    def __init__(self, capacity: int, weights: tuple[float, ...], teacher: VARTeacher, positions: int) -> None:
         super().__init__(capacity, weights)
         c, device, wide = teacher.transformer.config, teacher.device, teacher.wide
         rows, quantizer = capacity * (2 if self.guided else 1), teacher.quantizer
         width = c.embed_dim // c.num_heads
-        self.cache = KVCache(c.depth, rows, c.num_heads, teacher.num_tokens, width, teacher.dtype, device)
+        self.cache = KVCache(c.depth, rows, c.num_heads, positions, width, teacher.dtype, device)
         most = rows * max(c.groups) * c.embed_dim
         self._x = torch.empty(most, dtype=wide, device=device)
         self._h = torch.empty(most, dtype=teacher.dtype, device=device)
@@ -218,8 +218,8 @@ class VARTeacher(Teacher):
             scales=[scale(k) for k in range(len(self.groups))],
         )
 
-    def _new_state(self, capacity: int, weights: tuple[float, ...]) -> VARState:
-        return VARState(capacity, weights, self)
+    def _new_state(self, capacity: int, weights: tuple[float, ...], positions: int) -> VARState:
+        return VARState(capacity, weights, self, positions)
 
     @torch.inference_mode()
     def restart(self, state: DecodeState, labels: Tensor) -> None:

@@ -24,6 +24,7 @@ class Decoder:
 
     Args:
         labels: int64 [B], on the teacher's device: the first batch, and the largest.
+        stop: only groups before it will be run; all by default.
 
     Attributes:
         noise_BLC: float32, standard normal.
@@ -32,10 +33,12 @@ class Decoder:
         state: the teacher's.
     """
 
-    def __init__(self, teacher: Teacher, labels: Tensor, sampling: Sampling, solver: Solver) -> None:
+    def __init__(
+        self, teacher: Teacher, labels: Tensor, sampling: Sampling, solver: Solver, stop: int | None = None
+    ) -> None:
         self.teacher, self.solver = teacher, solver
         self.filter, self.codebook = teacher.filter(sampling), teacher.codebook
-        self.state = teacher.decode_state(labels, sampling.guidance, sampling.guidance_interval)
+        self.state = teacher.decode_state(labels, sampling.guidance, sampling.guidance_interval, stop)
         shape, device = (len(labels), teacher.num_tokens), teacher.device
         self.noise_BLC = torch.zeros(*shape, self.codebook.shape[1], device=device)
         self.tokens_BL = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -116,11 +116,7 @@ def describe(
     store_noise: bool = False,
 ) -> Manifest:
     """The manifest of pairs to be made by ``teacher``; UserError for values that cannot work."""
-    teacher.guidance_weights(sampling.guidance, sampling.guidance_interval)
-    if teacher.filter(sampling).top_k > len(teacher.codebook):
-        raise UserError(
-            f"top-k is {sampling.top_k}, but {teacher.name} has {len(teacher.codebook)} tokens; use 0 for all"
-        )
+    teacher.check_sampling(sampling)
     return Manifest(
         teacher=teacher.name,
         weights=dict(teacher.weights_sha256),
