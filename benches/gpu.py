@@ -1,4 +1,4 @@
-"""Tests marked gpu, every operation timed against its ceiling and plain torch, then pairs and training: ``make gpu``.
+"""Tests marked gpu, every operation against its ceiling and plain torch, then pairs, training, sampling: ``make gpu``.
 
 Needs torch for CUDA, Triton and pytest; no network. Writes benches/results/gpu-NAME.json after each figure, prints a
 table last, and exits with 1 if a test or a case failed, after all the others. Times are medians (the JSON has p20 and
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_pairs
+import gpu_sample
 import gpu_train
 import torch
 from _common import RESULTS, finish, free, hardware
@@ -40,11 +41,11 @@ from gpu_cases import Case, Ceilings, Clock, all_cases, measure_case, measure_ce
 from ddfast import _native
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("tests", "benches", "pairs", "train", "tune")
+STAGES = ("tests", "benches", "pairs", "train", "sample", "tune")
 OUT_OF_TIME = "out of time"
 _TEST_SECONDS, _CASE_SECONDS = 180, 90  # the most that all tests, and one case, may take
-_KEPT = {"pairs": 120, "train": 90}  # seconds that the stages before leave to these
-_WHOLE: dict[str, Any] = {"pairs": gpu_pairs, "train": gpu_train}  # stages of whole programs
+_KEPT = {"pairs": 110, "train": 80, "sample": 60}  # seconds that the stages before leave to these
+_WHOLE: dict[str, Any] = {"pairs": gpu_pairs, "train": gpu_train, "sample": gpu_sample}  # stages of whole programs
 _SHOWN = 40  # failures in the table
 _BROKEN = 3  # exit status of a process in which the device takes no more work
 
@@ -264,7 +265,7 @@ def report_cases(
 
 def whole_cases(stage: str) -> list[Any]:
     """The cases of a stage of _WHOLE."""
-    return gpu_pairs.pair_cases() if stage == "pairs" else gpu_train.train_cases()
+    return {"pairs": gpu_pairs.pair_cases, "train": gpu_train.train_cases, "sample": gpu_sample.sample_cases}[stage]()
 
 
 def write_line(path: str, row: Figures, shown: Callable[[Figures], str]) -> None:

@@ -1,0 +1,257 @@
+"""``ddfast report``: the paper's tables and curves for a teacher and its students, on one page."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .. import __version__
+from ..errors import UserError
+from ..evaluation.reference import load_reference
+from ..files import locked
+from ..hardware import cpu_name
+from ..models import Distilled, load_student
+from ..pairs import PairDataset
+from ..report import Report, Study, digits, write_page
+from ..report.plots import check_matplotlib
+from ..report.run import Examiner, Settings, Subject
+from ..sampling import Marginals
+from ..training.config import DIGITS
+from .eval import add_reference_arguments, check_reference, check_writable, chosen_extractor
+from .models import SEED, chosen_dtype, open_teacher, parse_groups
+from .pairs import add_teacher_sampling, choose_device
+from .progress import progress_bar
+
+DESCRIPTION = """\
+Put every row of the paper's tables side by side: the teacher, the student in one and more steps (Alg. 3), with the
+teacher in between (Alg. 4), and the baselines skip-n and onestep*; and the curves: quality against passes, measured
+time, training, and the number of pairs. The page is report.html (one file), with report.md, report.json and figures/.
+
+`ddfast report digits` does all of it from nothing: pairs, students of both bundled teachers, samples, figures; about a
+quarter of an hour on two cores with one seed. What is made stays in --out, so the same command goes on where it was
+interrupted.
+
+For any other teacher, give it with its students, each of another seed and alike but for that; their runs' checkpoints
+make the curve over training."""
+
+EPILOG = """\
+examples:
+  ddfast report digits --out report/
+  ddfast report digits --teachers digits-var --seeds 3 --out report/
+  ddfast report --teacher digits-var --student runs/digits-var --pairs pairs/ --digits --out report/
+  ddfast report --teacher var-d16 --student var-dd-d16 --pairs pairs/ --num 50000 --out report/ \\
+    --reference VIRTUAL_imagenet256_labeled.npz --inception weights-inception-2015-12-05-6726825d.pth
+"""
+
+NOTES = [
+    "Every way starts from the same noise; a sample's class is its number modulo the classes.",
+    "Milliseconds count everything from noise to pixels, in batches of the size named, by the first student.",
+    "skip-n leaves out the teacher's last n groups, which then add nothing to the image (where every token has a place "
+    "of its own, they are zeros); onestep* draws each token by its frequency in the pairs of the class (Prop. 3.1).",
+    "pre-trained-n-m is the paper's name, counted from 1: the student up to step n, the teacher up to m, the student.",
+]
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="the paper's tables and curves for a teacher and its students",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="?", choices=["digits"], help="digits: both bundled teachers, from nothing")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the page")
+    own = parser.add_argument_group("report digits")
+    own.add_argument("--teachers", metavar="LIST", help="default: digits-var,digits-llamagen")
+    own.add_argument("--seeds", type=int, metavar="N", help="students of each teacher (default: 1)")
+    own.add_argument("--num-pairs", type=int, metavar="N", help="pairs they train on (default: 20000)")
+    own.add_argument("--steps-scale", type=float, metavar="X", help="multiplies the recipe's steps (default: 1)")
+    other = parser.add_argument_group("any teacher")
+    other.add_argument("--teacher", metavar="NAME|PATH", help="a teacher of `ddfast info`, or a bundle.safetensors")
+    other.add_argument("--teacher-weights", type=Path, metavar="FILE", help="its released checkpoint")
+    other.add_argument("--student", action="append", metavar="NAME|DIR|FILE", help="its student; one for each seed")
+    other.add_argument("--weights", type=Path, metavar="FILE", help="the student's released checkpoint")
+    other.add_argument("--tokenizer", type=Path, metavar="FILE", help="the tokenizer's checkpoint, for both")
+    other.add_argument("--pairs", type=Path, metavar="DIR", help="the teacher's pairs, for onestep*")
+    other.add_argument(
+        "--by-pairs",
+        action="append",
+        type=Path,
+        metavar="RUN",
+        help="a run on another number of pairs, for that curve; repeat it",
+    )
+    add_reference_arguments(other)
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("-n", "--num", type=int, metavar="N", help="samples a figure (default: 5000)")
+    how.add_argument(
+        "--teacher-num",
+        type=int,
+        metavar="N",
+        help="samples of the teacher behind FD_T (default: 20000 digits, else --num)",
+    )
+    how.add_argument("--teacher-groups", action="append", metavar="A:B", help="of Alg. 4; repeat it (default: four)")
+    how.add_argument("--skip", action="append", type=int, metavar="N", help="of skip-n; repeat it (default: two)")
+    how.add_argument("--time-batches", default="1,64", metavar="LIST", help="batches that are timed (default: 1,64)")
+    how.add_argument("--batch", type=int, metavar="B", help="images drawn together (default: 500 digits, else 16)")
+    how.add_argument("--seed", type=int, default=SEED, help="of the noise (default: 1; that of pairs is 0)")
+    how.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_teacher_sampling(parser)
+    parser.set_defaults(func=run, ordinary=False, released_prefix=False, copy="ema", split=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_matplotlib()
+    check_options(args)
+    check_writable(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with locked(args.out):
+        studies = digits_studies(args) if args.what else [other_study(args)]
+        title = "Distilled Decoding: " + ", ".join(study.teacher for study in studies)
+        page = Report(title, hardware(choose_device(args.device)), str(datetime.date.today()), studies, NOTES)
+        write_page(args.out, page)
+    for study in studies:
+        print(said(study))
+    print(f"{args.out / 'report.html'}, report.md, report.json")
+    return 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what belongs to the other form, and numbers that cannot be."""
+    digits_only = {name: getattr(args, name) for name in ("teachers", "seeds", "num_pairs", "steps_scale")}
+    others = ("teacher", "teacher_weights", "student", "weights", "tokenizer", "pairs", "by_pairs", "reference")
+    others_only = {name: getattr(args, name) for name in (*others, "inception")}
+    wrong = [name for name, value in (others_only if args.what else digits_only).items() if value is not None]
+    if wrong:
+        option = "--" + wrong[0].replace("_", "-")
+        raise UserError(f"{option} goes with {'--teacher and --student' if args.what else '`ddfast report digits`'}")
+    if not args.what and (args.teacher is None or not args.student):
+        raise UserError("`ddfast report` needs `digits`, or --teacher and --student; see `ddfast report --help`")
+    for name in ("num", "teacher_num", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < (1 if name == "batch" else 2):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {1 if name == 'batch' else 2}")
+    if not 0 <= args.seed < 2**31:
+        raise UserError(f"--seed is {args.seed}; it must lie in [0, 2^31)")
+    if args.weights is not None and len(args.student) > 1:
+        raise UserError("--weights are of one student; several are read from their runs or files")
+    if args.what:
+        args.digits = True
+    check_reference(args)
+    settings_of(args)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    small = args.digits
+    num = args.num or 5000
+    batches = args.time_batches.split(",")
+    if not all(b.strip().isdecimal() and int(b) > 0 for b in batches):
+        raise UserError(f"--time-batches {args.time_batches!r} is no list of batches like 1,64")
+    return Settings(
+        num=num,
+        teacher_num=args.teacher_num or (4 * num if small else num),
+        batch=args.batch or (500 if small else 16),
+        time_batches=tuple(int(b) for b in batches),
+        involved=None if args.teacher_groups is None else tuple(map(parse_groups, args.teacher_groups)),
+        skips=None if args.skip is None else tuple(args.skip),
+        seed=args.seed,
+    )
+
+
+def digits_studies(args: argparse.Namespace) -> list[Study]:
+    """Pairs and students from nothing, and a study of each teacher."""
+    names = tuple(args.teachers.split(",")) if args.teachers else tuple(DIGITS)
+    plan = digits.Plan(args.out, names, args.num_pairs or 20_000, args.seeds or 1, args.steps_scale or 1.0)
+    console = Console(stderr=True)
+    with progress_bar(console) as bar:
+        jobs = bar.add_task("pairs and students", total=len(plan.making()) + len(plan.training()))
+
+        def told(name: str) -> None:
+            bar.advance(jobs)
+            console.print(f"made: {name}", highlight=False)
+
+        digits.prepare(plan, told)
+    studies = []
+    for name in names:
+        args.teacher = name
+        runs = [plan.run(name, plan.pairs, seed) for seed in range(plan.seeds)]
+        by_pairs = {size: [load_student(plan.run(name, size, 0))] for size in plan.sizes[:-1]}
+        by_pairs[plan.pairs] = [load_student(runs[0])]
+        pairs = plan.pairs_folder(name, plan.pairs)
+        studies.append(study(args, [load_student(run) for run in runs], runs, by_pairs, pairs))
+    return studies
+
+
+def other_study(args: argparse.Namespace) -> Study:
+    """A study of what the command line names."""
+    device = choose_device(args.device)
+
+    def opened(name: str) -> Distilled:
+        dtype = chosen_dtype(args, device)
+        return load_student(
+            name, args.weights, None if Path(name).exists() else args.tokenizer, dtype=dtype, device=device
+        )
+
+    students = [opened(name) for name in args.student]
+    runs = [Path(name) for name in args.student if (Path(name) / "checkpoints").is_dir()]
+    by_pairs = {pairs_of(run): [opened(str(run))] for run in args.by_pairs or ()}
+    if by_pairs and runs:
+        by_pairs.setdefault(pairs_of(runs[0]), students[:1])
+    return study(args, students, runs if len(runs) == len(students) else [], by_pairs, args.pairs)
+
+
+def study(
+    args: argparse.Namespace,
+    students: Sequence[Distilled],
+    runs: Sequence[Path],
+    by_pairs: dict[int, list[Distilled]],
+    pairs: Path | None,
+) -> Study:
+    device = choose_device(args.device)
+    extractor = chosen_extractor(args, device)
+    marginals = None if pairs is None else Marginals(PairDataset(pairs))
+    subject = Subject(students, open_teacher(args, args.teacher, device), marginals, runs, by_pairs)
+    facts: dict[str, Any] = {"dtype": str(chosen_dtype(args, device)).removeprefix("torch.")}
+    if marginals is not None:
+        facts["pairs"] = marginals.dataset.manifest.num
+    with progress_bar(Console(stderr=True)) as bar:
+        task, settings = bar.add_task(args.teacher), settings_of(args)
+
+        def told(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{args.teacher}: {stage}", completed=done, total=total)
+
+        reference = load_reference(args.reference, extractor, settings.batch, told)
+        return Examiner(subject, settings, extractor, reference, told).study(args.out, facts)
+
+
+def pairs_of(run: Path) -> int:
+    """How many pairs a run trained on, as its config.json says."""
+    try:
+        note = json.loads((run / "config.json").read_text())
+        return int(note["num_pairs"]) - int(note["config"]["holdout"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run} does not say how many pairs it trained on; is it a run of `ddfast train`?") from error
+
+
+def hardware(device: torch.device) -> str:
+    """What the milliseconds are of; names no machine."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, ddfast {__version__}"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ddfast {__version__}"
+
+
+def said(study: Study) -> str:
+    """The rows in a line each."""
+    lines = [f"{study.teacher}: {study.metric} over {study.facts['seeds']} seeds"]
+    for row in study.rows:
+        values = row.values[study.metric]
+        lines.append(f"  {row.name:24s} {row.passes:4d} passes  {sum(values) / len(values):8.3f}")
+    return "\n".join(lines)

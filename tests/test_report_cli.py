@@ -1,0 +1,185 @@
+"""``ddfast report``: what a study measures, and the page of digits from nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import FAMILIES
+from test_distilled import student_part
+from torch import Tensor
+
+from ddfast.cli import main
+from ddfast.errors import UserError, WorkError
+from ddfast.evaluation.features import Features, load_digits_features
+from ddfast.evaluation.reference import Reference, load_reference
+from ddfast.evaluation.statistics import FeatureStatistics
+from ddfast.models import Distilled, Teacher, load_student, load_teacher, save_student
+from ddfast.models.checkpoints import load_bundle
+from ddfast.report import read_report
+from ddfast.report.digits import Plan, prepare
+from ddfast.report.run import Examiner, Settings, Subject, usual_involved, usual_skips
+from ddfast.sampling import Drawing, Sampler, involved_plan, passes, teacher_plan
+
+
+def test_usual_plans_are_those_of_the_paper_or_near() -> None:
+    """LlamaGen's pre-trained-1-81, 41-81 and 61-81; VAR's skip-1 and skip-2."""
+    assert usual_involved((0, 80), 256)[:3] == ((0, 80), (40, 80), (60, 80))
+    assert usual_involved((0, 5), 10) == ((0, 5), (2, 5), (3, 5), (5, 10))
+    assert usual_involved((0, 1), 4) == ((0, 1), (1, 4)) and usual_involved((0,), 4) == ()
+    assert usual_skips(10) == (1, 2) and usual_skips(256) == (26, 52) and usual_skips(2) == (1,)
+    for timesteps, groups in (((0, 80), 256), ((0, 2), 4), ((0, 5), 10)):
+        for span in usual_involved(timesteps, groups):
+            assert 1 < passes(involved_plan(*span, groups)) < groups
+
+
+class Bright:
+    """A network of one feature, the mean brightness, for images of any size."""
+
+    name, distance = "brightness", "FD"
+    num_features, num_spatial, num_classes, names_labels = 2, 0, 2, False
+    side = None
+    device = torch.device("cpu")
+
+    def facts(self) -> dict[str, object]:
+        return {"network": "brightness"}
+
+    def __call__(self, images: Tensor) -> Features:
+        x = images.float().flatten(1) / 255
+        pool = torch.stack([x.mean(1), x.var(1)], dim=1)
+        return Features(pool, None, pool)
+
+
+def nowhere(*_: object) -> Reference:
+    """A reference for :class:`Bright`."""
+    zero = FeatureStatistics(torch.zeros(2).double(), torch.eye(2).double(), 100)
+    return Reference(zero, None, None, "none are there", {"path": "nowhere"})
+
+
+@pytest.fixture
+def student(teacher: Teacher, bundles: dict[str, Path], tmp_path: Path) -> Distilled:
+    family = teacher.name.removeprefix("tiny-")
+    path = tmp_path / "student.safetensors"
+    parts = student_part(family), load_bundle(bundles[family])[1]["tokenizer"]
+    save_student(path, "tiny-dd", *parts, (0, 2), 2, teacher.name)
+    return load_student(path)
+
+
+def test_every_way_is_measured_for_every_seed(teacher: Teacher, student: Distilled, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    settings = Settings(num=40, teacher_num=60, batch=16, time_batches=(1, 3), seed=5)
+    subject = Subject([student, student], Drawing(teacher, teacher.preset()), by_pairs={100: [student]})
+    made = Examiner(subject, settings, Bright(), nowhere(), lambda *a: told.append(a)).study(tmp_path, {"dtype": "f"})  # type: ignore[arg-type]
+    names = [row.name for row in made.rows]
+    groups = len(teacher.groups)
+    skips = [f"skip-{n}" for n in usual_skips(groups)]
+    assert (
+        names[:4] == ["teacher", "teacher, by the flow", "DD, 1 step", "DD, 2 steps"] and names[-len(skips) :] == skips
+    )
+    assert [row.kind for row in made.rows[:4]] == ["teacher", "teacher", "student", "student"]
+    assert [row.passes for row in made.rows[:4]] == [groups, groups, 1, 2]
+    for row in made.rows:
+        assert set(row.values) == {"FD", "FD_T", "IS"} and set(row.ms_per_image) == {"1", "3"}
+        assert all(len(values) == 2 and values[0] != values[1] for values in row.values.values())
+    assert [(p.x, p.way) for p in made.pairs] == [(100, "1 step"), (100, "2 steps")] and not made.training
+    assert (tmp_path / next(iter(made.pictures.values()))).stat().st_size > 500
+    assert made.facts["noise"] == "seeds 5 to 6" and made.facts["samples"] == 40 and made.facts["dtype"] == "f"
+    assert {total for _, _, total in told} == {40, 60}
+
+
+def test_a_teachers_distance_to_itself_is_that_of_its_noise() -> None:
+    """FD_T compares with other samples than those of the row: small, and not zero."""
+    teacher = load_teacher("digits-llamagen")
+    extractor = load_digits_features()
+    reference = load_reference("digits", extractor)
+    examiner = Examiner.__new__(Examiner)
+    settings = Settings(num=500, teacher_num=2000, batch=500, time_batches=())
+    drawing = Drawing(teacher, teacher.preset())
+    examiner.settings, examiner.extractor, examiner.reference = settings, extractor, reference
+    examiner.progress = lambda *a: None
+    examiner.ordinary = [Sampler(drawing=replace(drawing, ordinary=True))]
+    examiner.by_flow = [Sampler(drawing=drawing)]
+    examiner.theirs = examiner._teacher()
+    found = examiner.figures("teacher", examiner.ordinary, teacher_plan(16))
+    assert 0.1 < found["FD_T"][0] < 0.6 and found["accuracy"][0] > 0.95
+    flow = examiner.figures("flow", examiner.by_flow, teacher_plan(16))
+    assert flow["FD_T"][0] == pytest.approx(found["FD_T"][0], rel=0.5)
+
+
+def test_digits_from_nothing(tmp_path: Path) -> None:
+    """A short run of one teacher already has the paper's order."""
+    words = ["report", "digits", "--teachers", "digits-llamagen", "--num-pairs", "1000", "--steps-scale", "0.1"]
+    words += ["--num", "500", "--time-batches", "1", "--out", str(tmp_path)]
+    assert main(words) == 0
+    report = read_report(tmp_path / "report.json")
+    (study,) = report.studies
+    fd = {row.name: row.values["FD"][0] for row in study.rows}
+    teacher, involved = fd["teacher"], min(v for name, v in fd.items() if name.startswith("pre-trained"))
+    assert teacher < involved < fd["DD, 1 step"] < fd["onestep*"] and fd["DD, 2 steps"] < fd["onestep*"]
+    assert fd["skip-2"] > fd["onestep*"]
+    steps = [point.x for point in study.training if point.way == "1 step"]
+    assert steps == [40, 80, 120, 160, 200]
+    curve = [point.values["FD"][0] for point in study.training if point.way == "1 step"]
+    assert curve[-1] < curve[0] and curve[-1] == pytest.approx(fd["DD, 1 step"], rel=1e-3)
+    assert [p.x for p in study.pairs if p.way == "1 step"] == [100, 300, 1000]
+    page = (tmp_path / "report.html").read_text()
+    assert "digits-llamagen" in page and page.count("data:image/png") >= 5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_is_a_study_of_its_own(
+    inputs: dict[str, list[str]], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints make the curve over training; a run on other pairs makes that over their number."""
+    run = ["--steps", "4", "--batch", "8", "--holdout", "16", "--recipe", "digits", "--save-every", "2"]
+    words = ["train", *inputs[family], *run, "--out", str(tmp_path / "run")]
+    assert main([*words, "--timesteps", "0,2"]) == 0
+    monkeypatch.setattr("ddfast.cli.eval.load_digits_features", Bright)
+    monkeypatch.setattr("ddfast.cli.report.load_reference", nowhere)
+    how = ["--teacher", inputs[family][1], "--student", str(tmp_path / "run"), "--pairs", inputs[family][3], "--digits"]
+    how += ["--num", "20", "--batch", "10", "--time-batches", "1", "--teacher-groups", "1:2", "--skip", "1"]
+    assert main(["report", *how, "--by-pairs", str(tmp_path / "run"), "--out", str(tmp_path / "page")]) == 0
+    (study,) = read_report(tmp_path / "page" / "report.json").studies
+    assert [row.name for row in study.rows][4:] == ["pre-trained-2-3", "skip-1", "onestep*"]
+    assert [(p.x, p.way) for p in study.training][::2] == [(2, "1 step"), (4, "1 step")]
+    assert {p.x for p in study.pairs} == {134}
+    last = next(row for row in study.rows if row.name == "DD, 1 step").values["FD"]
+    assert study.training[2].values["FD"] == pytest.approx(last, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "needs `digits`, or --teacher and --student"),
+        ("--teacher digits-var", "needs `digits`, or --teacher and --student"),
+        ("digits --teacher digits-var", "--teacher goes with --teacher and --student"),
+        ("digits --teachers digits-vra", "digits-vra does not ship with ddfast"),
+        ("digits --seeds 0", "--seeds is 0"),
+        ("digits --num-pairs 3", "--num-pairs is 3; it must be at least 100"),
+        ("digits --steps-scale 0", "--steps-scale is 0"),
+        ("digits --num 1", "--num is 1; it must be at least 2"),
+        ("digits --time-batches 0", "'0' is no list of batches"),
+        ("digits --teacher-groups 3", "'3' is no range of groups"),
+        ("--teacher digits-var --student x --seeds 2 --digits", "--seeds goes with `ddfast report digits`"),
+        ("--teacher digits-var --student x", "needs --reference"),
+        ("--teacher digits-var --student x --digits", "no student is called 'x'"),
+    ],
+)
+def test_what_makes_no_report_is_refused(
+    words: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", *words.split(), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_command_that_fails_says_what_it_said(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, ("digits-var",), 100, 1, 1.0)
+    plan.pairs_folder("digits-var", 10).parent.mkdir()
+    plan.pairs_folder("digits-var", 10).write_text("in the way")
+    with pytest.raises(WorkError, match=r"(?s)pairs of digits-var, 10 failed \(\d\): ddfast pairs .*digits-var-10"):
+        prepare(plan, lambda name: None)
+    with pytest.raises(UserError, match="steps-scale is 101"):
+        Plan(tmp_path, ("digits-var",), 100, 1, 101)
