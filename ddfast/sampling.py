@@ -9,7 +9,7 @@ Axes: B images, L tokens of an image, l tokens drawn so far, V codebook size, C 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -145,6 +145,12 @@ class Marginals:
         self.counts = labels.bincount(minlength=dataset.manifest.num_classes)
         self.first = self.counts.cumsum(0) - self.counts
 
+    def check_classes(self, classes: Iterable[int]) -> None:
+        """Raise UserError for a class that the folder has no pairs of."""
+        missing = next((label for label in classes if not self.counts[label]), None)
+        if missing is not None:
+            raise UserError(f"{self.dataset.folder} holds no pairs of class {missing}: onestep* needs some")
+
     def draw(self, labels: Tensor, uniform_Bl: Tensor, start: int) -> Tensor:
         """Tokens int64 [B, l] of the positions from ``start`` on.
 
@@ -156,9 +162,7 @@ class Marginals:
             UserError: a class that the folder has no pairs of.
         """
         where = labels.cpu()
-        missing = where[self.counts[where] == 0]
-        if missing.numel():
-            raise UserError(f"{self.dataset.folder} holds no pairs of class {int(missing[0])}: onestep* needs some")
+        self.check_classes(where.unique().tolist())
         counts = self.counts[where].unsqueeze(1)
         nth = (uniform_Bl.cpu() * counts).long().minimum(counts - 1)
         pairs = self.order[self.first[where].unsqueeze(1) + nth]

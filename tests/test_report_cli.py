@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _common import RESULTS
 from engine_helpers import FAMILIES
 from test_distilled import student_part
 from torch import Tensor
@@ -183,3 +184,19 @@ def test_a_command_that_fails_says_what_it_said(tmp_path: Path) -> None:
         prepare(plan, lambda name: None)
     with pytest.raises(UserError, match="steps-scale is 101"):
         Plan(tmp_path, ("digits-var",), 100, 1, 101)
+
+
+@pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])
+def test_the_published_report_holds_to_the_papers_order(name: str) -> None:
+    """For every seed: teacher < Alg. 4 <= DD-2 < DD-1 << onestep*, of whose distance to the teacher DD-1 closes 80%."""
+    report = read_report(RESULTS / "report-digits.json")
+    study = next(study for study in report.studies if study.teacher == name)
+    rows = {row.name: row.values["FD"] for row in study.rows}
+    involved = [values for way, values in rows.items() if way.startswith("pre-trained")]
+    assert len(involved) >= 3 and study.facts["seeds"] >= 3 and study.facts["samples"] >= 5000
+    for seed in range(study.facts["seeds"]):
+        teacher, one, two, independent = (
+            rows[way][seed] for way in ("teacher", "DD, 1 step", "DD, 2 steps", "onestep*")
+        )
+        assert all(teacher < values[seed] <= two for values in involved) and two < one < independent / 3
+        assert 1 - (one - teacher) / (independent - teacher) >= 0.8

@@ -157,6 +157,7 @@ def open_teacher(args: argparse.Namespace, name: str, device: torch.device) -> D
         raise UserError(str(error).replace("--weights", "--teacher-weights")) from None
     sampling = chosen_sampling(args, teacher)
     teacher.check_sampling(sampling)
+    teacher.prepare(release=True)
     solver = make_solver(args.solver, args.nfe)
     return Drawing(teacher, sampling, solver, args.ordinary, args.released_prefix)
 

@@ -95,7 +95,7 @@ def add_parser(commands: Any) -> None:
         "--teacher-num",
         type=int,
         metavar="N",
-        help="samples of the teacher behind FD_T (default: 20000 digits, else --num)",
+        help="samples of the teacher behind FD_T (default: --num, of digits four times that)",
     )
     how.add_argument("--teacher-groups", action="append", metavar="A:B", help="of Alg. 4; repeat it (default: four)")
     how.add_argument("--skip", action="append", type=int, metavar="N", help="of skip-n; repeat it (default: two)")
@@ -169,7 +169,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def digits_studies(args: argparse.Namespace) -> list[Study]:
     """Pairs and students from nothing, and a study of each teacher."""
     names = tuple(args.teachers.split(",")) if args.teachers else tuple(DIGITS)
-    plan = digits.Plan(args.out, names, args.num_pairs or 20_000, args.seeds or 1, args.steps_scale or 1.0)
+    given = {"pairs": args.num_pairs, "seeds": args.seeds, "steps_scale": args.steps_scale}
+    plan = digits.Plan(args.out, names, **{name: value for name, value in given.items() if value is not None})
     console = Console(stderr=True)
     with progress_bar(console) as bar:
         jobs = bar.add_task("pairs and students", total=len(plan.making()) + len(plan.training()))
@@ -183,26 +184,24 @@ def digits_studies(args: argparse.Namespace) -> list[Study]:
     for name in names:
         args.teacher = name
         runs = [plan.run(name, plan.pairs, seed) for seed in range(plan.seeds)]
-        by_pairs = {size: [load_student(plan.run(name, size, 0))] for size in plan.sizes[:-1]}
-        by_pairs[plan.pairs] = [load_student(runs[0])]
+        by_pairs = {size: [opened(args, plan.run(name, size, 0))] for size in plan.sizes}
         pairs = plan.pairs_folder(name, plan.pairs)
-        studies.append(study(args, [load_student(run) for run in runs], runs, by_pairs, pairs))
+        studies.append(study(args, [opened(args, run) for run in runs], runs, by_pairs, pairs))
     return studies
+
+
+def opened(args: argparse.Namespace, name: str | Path) -> Distilled:
+    """A student, as the command line has it computed."""
+    device = choose_device(args.device)
+    tokenizer = None if Path(name).exists() else args.tokenizer
+    return load_student(name, args.weights, tokenizer, dtype=chosen_dtype(args, device), device=device)
 
 
 def other_study(args: argparse.Namespace) -> Study:
     """A study of what the command line names."""
-    device = choose_device(args.device)
-
-    def opened(name: str) -> Distilled:
-        dtype = chosen_dtype(args, device)
-        return load_student(
-            name, args.weights, None if Path(name).exists() else args.tokenizer, dtype=dtype, device=device
-        )
-
-    students = [opened(name) for name in args.student]
+    students = [opened(args, name) for name in args.student]
     runs = [Path(name) for name in args.student if (Path(name) / "checkpoints").is_dir()]
-    by_pairs = {pairs_of(run): [opened(str(run))] for run in args.by_pairs or ()}
+    by_pairs = {pairs_of(run): [opened(args, run)] for run in args.by_pairs or ()}
     if by_pairs and runs:
         by_pairs.setdefault(pairs_of(runs[0]), students[:1])
     return study(args, students, runs if len(runs) == len(students) else [], by_pairs, args.pairs)

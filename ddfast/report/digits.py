@@ -34,9 +34,9 @@ class Plan:
 
     folder: Path
     teachers: tuple[str, ...]
-    pairs: int
-    seeds: int
-    steps_scale: float
+    pairs: int = 20_000
+    seeds: int = 1
+    steps_scale: float = 1.0
 
     def __post_init__(self) -> None:
         unknown = set(self.teachers) - set(DIGITS)

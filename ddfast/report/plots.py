@@ -76,7 +76,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        raise UserError("plots need matplotlib: pip install matplotlib") from None
+        raise UserError("the page's plots need matplotlib: pip install 'ddfast[report]'") from None
 
 
 def draw(studies: Sequence[Study]) -> list[Plot]:

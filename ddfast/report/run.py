@@ -157,13 +157,12 @@ class Examiner:
     ) -> None:
         self.subject, self.settings, self.progress = subject, settings, progress
         self.extractor, self.reference = extractor, reference
-        drawing = subject.drawing
-        samplers = [
-            (Sampler(s, replace(drawing, ordinary=ordinary), subject.marginals))
-            for s in subject.students
-            for ordinary in (False, True)
-        ]
-        self.by_flow, self.ordinary = samplers[0::2], samplers[1::2]
+        self.ways = ways_of(subject, settings)
+        if subject.marginals is not None:
+            subject.marginals.check_classes(range(subject.students[0].student.num_classes))
+        ordinary = replace(subject.drawing, ordinary=True)
+        self.by_flow = [Sampler(student, subject.drawing, subject.marginals) for student in subject.students]
+        self.ordinary = [Sampler(student, ordinary) for student in subject.students]
         self.theirs = self._teacher()
 
     def _teacher(self) -> FeatureStatistics:
@@ -182,13 +181,17 @@ class Examiner:
 
         return measure(images.batches(self.settings.batch), self.extractor, advance=advance)
 
-    def figures(self, stage: str, samplers: Sequence[Sampler], plan: Plan) -> dict[str, list[float]]:
-        """Every metric, a value a sampler; each draws from a seed of its own."""
+    def figures(
+        self, stage: str, samplers: Sequence[Sampler], plan: Plan, neighbours: bool = True
+    ) -> dict[str, list[float]]:
+        """Every metric, a value a sampler; each draws from a seed of its own. ``neighbours``: precision and recall too,
+        which take as long as the drawing."""
         found: dict[str, list[float]] = {}
+        reference = self.reference if neighbours else replace(self.reference, features=None)
         for seed, sampler in enumerate(samplers):
             images = self.images(sampler, plan, self.settings.num, seed)
             measured = self._measure(f"{stage}, {seed + 1} of {len(samplers)}", images)
-            judged = judge(measured, images.labels, self.reference, self.extractor)
+            judged = judge(measured, images.labels, reference, self.extractor)
             values = {self.extractor.distance: judged["frechet_distance"]}
             values["FD_T"] = frechet_distance(measured.pool, self.theirs)
             values |= {name: judged[key] for key, name in KEYS.items()}
@@ -201,7 +204,7 @@ class Examiner:
         """All rows and curves; a picture goes to ``folder``."""
         subject, student = self.subject, self.subject.students[0]
         rows = []
-        for way in ways_of(subject, self.settings):
+        for way in self.ways:
             samplers = self.ordinary if way.ordinary else self.by_flow
             values = self.figures(way.name, samplers, way.plan)
             seconds = {str(b): time_plan(samplers[0], way.plan, b) / b for b in self.settings.time_batches}
@@ -237,7 +240,7 @@ class Examiner:
         for n in range(1, len(students[0].timesteps) + 1):
             plan = few_step_plan(students[0].timesteps[:n], groups)
             way = plan_name(plan, groups)
-            yield Point(x, way, self.figures(f"{stage}, {way}", samplers, plan))
+            yield Point(x, way, self.figures(f"{stage}, {way}", samplers, plan, neighbours=False))
 
     def _training(self) -> Iterator[Point]:
         """The students as they were at their runs' checkpoints, as far as all runs have these."""
@@ -256,7 +259,7 @@ class Examiner:
         """A picture of every way, a row each, from the same noise; returns its name."""
         sampler = self.by_flow[0]
         count = min(COLUMNS, sampler.num_classes)
-        ways = [way for way in ways_of(self.subject, self.settings) if not way.ordinary]
+        ways = [way for way in self.ways if not way.ordinary]
         drawn = [self.images(sampler, way.plan, count, 0).draw(torch.arange(count)) for way in ways]
         captions = [name_of(label, sampler.num_classes) for label in range(count)]
         path = folder / f"{self.subject.drawing.teacher.name}-compare.png"
