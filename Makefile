@@ -30,7 +30,7 @@ demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, i
 	@for family in var llamagen; do $(ENV)/ddfast sample --student demo/$$family/student --compare --out demo/$$family/compare.png; done
 
 test: .venv/installed-test  ## the tests
-	$(ENV)/pytest tests
+	OMP_NUM_THREADS=1 $(ENV)/pytest tests --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/installed-lint  ## ruff: errors and formatting
 	$(ENV)/ruff check .

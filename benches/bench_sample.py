@@ -24,8 +24,8 @@ from ddfast.models.checkpoints import make_part, save_bundle
 from ddfast.models.zoo import TEACHERS, TOKENIZERS
 
 CASES = {
-    "var-dd-d16": ("--steps 1", "--steps 2", "--teacher-groups 3:5", "--steps 1 --dtype bfloat16"),
-    "llamagen-dd-b": ("--steps 1", "--steps 2", "--teacher-groups 60:80", "--steps 1 --dtype bfloat16"),
+    "var-dd-d16": ("--steps 1", "--teacher-groups 3:5", "--steps 2 --dtype bfloat16"),
+    "llamagen-dd-b": ("--steps 1 --dtype bfloat16", "--teacher-groups 60:80 --dtype bfloat16"),
 }
 
 

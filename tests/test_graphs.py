@@ -95,7 +95,7 @@ class Toy:
     def filter(self, sampling: Sampling) -> LogitFilter:
         return LogitFilter()
 
-    def decode_state(self, labels: torch.Tensor, guidance: float, interval: int) -> Any:
+    def decode_state(self, labels: torch.Tensor, guidance: float, interval: int, stop: int | None) -> Any:
         rows = 2 * len(labels)
         state = SimpleNamespace(length=torch.zeros(1, dtype=torch.int32), sum_RV=torch.zeros(rows, 12), group=0)
         self.restart(state, labels)

@@ -466,7 +466,7 @@ def test_drawing_neither_heeds_nor_changes_the_users_matplotlib_settings() -> No
 
 def test_plots_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(UserError, match="pip install matplotlib"):
+    with pytest.raises(UserError, match=r"pip install 'ddfast\[report\]'"):
         write_page(tmp_path, make_report())
     assert not list(tmp_path.iterdir())
 
