@@ -21,7 +21,6 @@ import bench_train
 import flow_cases
 import gpu
 import gpu_cases
-import gpu_sample
 import gpu_train
 import naive
 import pytest
@@ -482,15 +481,6 @@ def test_a_small_case_is_measured_whole(monkeypatch: pytest.MonkeyPatch) -> None
         rows[0]["mfu"] * rows[0]["peak_tflop_per_s"] * 1e12 / CEILINGS.bf16_flop_per_s
     )
     assert "x bare products" in gpu_train.line(rows[0])
-
-
-def test_sampling_is_measured_by_every_plan() -> None:
-    case = gpu_sample.sample_cases()[0]
-    row = gpu_sample.measure_case(case, CEILINGS, CPU)
-    assert row["name"] == "sample digits-var batch 64" == gpu_sample.line(row)[:26]
-    assert list(row["ms_per_image"]) == ["1 step", "2 steps", "pre-trained-2-3", "teacher"]
-    assert row["times_teacher"]["teacher"] == 1 and 0 < row["decoding_ms_per_image"] and row["share_of_matmul_peak"] > 0
-    assert gpu_sample.line({"name": "x", "problem": "out of time"}).endswith("out of time")
 
 
 # Layers

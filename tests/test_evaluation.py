@@ -41,12 +41,7 @@ from ddfast.evaluation.features import (
 from ddfast.evaluation.images import open_images
 from ddfast.evaluation.metrics import inception_score, precision_recall
 from ddfast.evaluation.reference import DIGITS, Reference, load_reference, save_reference
-from ddfast.evaluation.statistics import (
-    FeatureStatistics,
-    RunningStatistics,
-    feature_statistics,
-    frechet_distance,
-)
+from ddfast.evaluation.statistics import FeatureStatistics, RunningStatistics, feature_statistics, frechet_distance
 
 __all__ = ["inception_file"]  # a fixture
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import gpu_sample
 import pytest
 import torch
 from _common import RESULTS
 from engine_helpers import FAMILIES
+from gpu_cases import Ceilings
 from test_distilled import student_part
 from torch import Tensor
 
@@ -197,3 +199,12 @@ def test_the_published_report_holds_to_the_papers_order(name: str) -> None:
         )
         assert all(teacher < values[seed] <= two for values in involved) and two < one < independent / 2
         assert 1 - (one - teacher) / (independent - teacher) >= 0.8
+
+
+def test_sampling_is_measured_by_every_plan() -> None:
+    case = gpu_sample.sample_cases()[0]
+    row = gpu_sample.measure_case(case, Ceilings(1e10, 2e12), torch.device("cpu"))
+    assert row["name"] == "sample digits-var batch 64" == gpu_sample.line(row)[:26]
+    assert list(row["ms_per_image"]) == ["1 step", "2 steps", "pre-trained-2-3", "teacher"]
+    assert row["times_teacher"]["teacher"] == 1 and 0 < row["decoding_ms_per_image"] and row["share_of_matmul_peak"] > 0
+    assert gpu_sample.line({"name": "x", "problem": "out of time"}).endswith("out of time")

@@ -206,7 +206,7 @@ def open_model(args: argparse.Namespace, default_num: int | None = None) -> Samp
     device = choose_device(args.device)
     student = open_student(args, device)
     drawing = None
-    if student is None or args.teacher is not None or args.teacher_groups is not None or args.skip is not None:
+    if student is None or args.teacher_groups is not None or args.skip is not None:
         drawing = open_teacher(args, teacher_for(args, student), device)
     marginals = None if args.onestep is None else Marginals(PairDataset(args.onestep))
     sampler = Sampler(student, drawing, marginals)
