@@ -30,7 +30,6 @@ from torch import Tensor
 
 from ddfast.digits.classifier import extract
 from ddfast.errors import UserError
-from ddfast.evaluation import features as features_module
 from ddfast.evaluation import reference as reference_module
 from ddfast.evaluation.evaluate import class_mix, evaluate, first_pictures, markdown, print_result, write_result
 from ddfast.evaluation.features import (
@@ -42,6 +41,7 @@ from ddfast.evaluation.images import open_images
 from ddfast.evaluation.metrics import inception_score, precision_recall
 from ddfast.evaluation.reference import DIGITS, Reference, load_reference, save_reference
 from ddfast.evaluation.statistics import FeatureStatistics, RunningStatistics, feature_statistics, frechet_distance
+from ddfast.files import file_sha256
 
 __all__ = ["inception_file"]  # a fixture
 
@@ -225,7 +225,7 @@ def test_inception_is_that_of_torch_fidelity(inception: Inception, inception_fil
 @needs_fidelity
 def test_inception_says_which_file_it_is(inception: Inception, inception_file: Path) -> None:
     facts = json.loads(json.dumps(inception.facts()))
-    assert facts["weights_sha256"] == features_module.file_sha256(inception_file)
+    assert facts["weights_sha256"] == file_sha256(inception_file)
     assert facts["released_weights"] is False and "torch-fidelity 0." in facts["network"]
     released = Inception(inception.network, "6726825d" + "0" * 56, "0.4.0")
     assert released.facts()["released_weights"] is True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from .. import _native
 from ..errors import UserError
-from ..files import LOCK, locked, write_atomic
+from ..files import LOCK, file_sha256, locked, write_atomic
 from ..models import STUDENTS, TEACHERS, Teacher, load_teacher
 from ..models.checkpoints import Part, make_part
 from ..models.distilled import RUN_FILE, load_student, save_student
@@ -211,13 +210,7 @@ def take_over(name: str, student: Student, teacher: Teacher) -> str:
 def network_hash(args: argparse.Namespace) -> str | None:
     """SHA-256 of the file with the distance's network, its name if it ships with ddfast, None if there is none."""
     name = args.lpips_weights or args.features
-    if name is None or not Path(name).is_file():
-        return name
-    sha256 = hashlib.sha256()
-    with open(name, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
+    return name if name is None or not Path(name).is_file() else file_sha256(Path(name))
 
 
 def run_training(args: argparse.Namespace, config: TrainConfig, run: Run, device: torch.device, ranks: Ranks) -> int:

@@ -5,7 +5,6 @@ Axes: B images, D features, S spatial features, K classes.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import io
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from ..digits.classifier import FEATURES, FILE, extract, load_classifier
 from ..digits.data import IMAGE_SIZE, NUM_CLASSES
 from ..errors import UserError
+from ..files import file_sha256
 from ..models.checkpoints import read_tensors, shortened
 from ..models.zoo import BUNDLED
 from .statistics import FeatureStatistics, RunningStatistics
@@ -182,14 +182,6 @@ class DigitsFeatures:
 def load_digits_features(path: Path = BUNDLED / FILE) -> DigitsFeatures:
     """The digits classifier of ``path``; UserError for another file."""
     return DigitsFeatures(path)
-
-
-def file_sha256(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
 
 
 @dataclass(frozen=True)

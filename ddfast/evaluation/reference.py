@@ -15,8 +15,8 @@ from torch import Tensor
 from ..digits.classifier import extract, reference_images
 from ..digits.data import load_digits
 from ..errors import UserError
-from ..files import writing
-from .features import DigitsFeatures, FeatureExtractor, file_sha256, measure
+from ..files import file_sha256, writing
+from .features import DigitsFeatures, FeatureExtractor, measure
 from .images import IMAGES, keys, open_images, reading_npz
 from .statistics import FeatureStatistics
 
