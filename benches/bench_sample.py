@@ -24,8 +24,8 @@ from ddfast.models.checkpoints import make_part, save_bundle
 from ddfast.models.zoo import TEACHERS, TOKENIZERS
 
 CASES = {
-    "var-dd-d16": ("--steps 1", "--teacher-groups 3:5", "--steps 2 --dtype bfloat16"),
-    "llamagen-dd-b": ("--steps 1 --dtype bfloat16", "--teacher-groups 60:80 --dtype bfloat16"),
+    "var-dd-d16": ("--steps 1 --batch 64", "--teacher-groups 3:5"),
+    "llamagen-dd-b": ("--steps 1 --batch 64", "--teacher-groups 60:80"),
 }
 
 
@@ -44,9 +44,9 @@ def write_models(name: str, folder: Path) -> tuple[Path, Path]:
     return files
 
 
-def measured(student: Path, teacher: Path, options: str, num: int, batch: int, folder: Path) -> dict[str, Any]:
+def measured(student: Path, teacher: Path, options: str, num: int, folder: Path) -> dict[str, Any]:
     words = [sys.executable, "-m", "ddfast", "sample", "--student", str(student), "--out", str(folder / "out.npz")]
-    words += ["--num", str(num), "--batch", str(batch), *options.split()]
+    words += ["--num", str(num), *options.split()]
     if "--teacher-groups" in options:
         words += ["--teacher", str(teacher), "--guidance", "2", "--top-k", "900"]
     begin = time.perf_counter()
@@ -58,7 +58,6 @@ def measured(student: Path, teacher: Path, options: str, num: int, batch: int, f
     return {
         "options": options,
         "images": num,
-        "batch": batch,
         "memory_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
         "s_per_image": round(seconds / num, 3),
         "cpu_s_per_image": round((usage.ru_utime + usage.ru_stime) / num, 3),
@@ -69,7 +68,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(CASES), help="one student (default: all)")
     parser.add_argument("--num", type=int, default=64, help="images (default: 64)")
-    parser.add_argument("--batch", type=int, default=64, help="images drawn together (default: 64)")
     parser.add_argument("--out", type=Path, default=RESULTS / "sample.json")
     args = parser.parse_args()
     rows = []
@@ -77,7 +75,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             files = write_models(name, Path(temporary))
             for options in CASES[name]:
-                rows.append({"student": name} | measured(*files, options, args.num, args.batch, Path(temporary)))
+                rows.append({"student": name} | measured(*files, options, args.num, Path(temporary)))
                 print(json.dumps(rows[-1]), flush=True)
     finish({"bench": "sample", "hardware": hardware(), "rows": rows}, args.out)
 

@@ -271,6 +271,8 @@ class Sampler:
             before = ops.nearest_code(x, self.codebook) if start else labels.new_empty(len(labels), 0)
             if leg.who == TEACHER:
                 tokens = self._by_teacher(labels, before, noise, leg)
+                if leg is not plan[-1]:
+                    self._decoder = None  # the student's activations take its memory
             else:
                 assert self.marginals is not None
                 tokens = self.marginals.draw(labels, uniform(noise[:, start:stop]), start)

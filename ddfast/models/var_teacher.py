@@ -19,6 +19,7 @@ from .. import ops
 from ..errors import UserError
 from ..kv_cache import KVCache
 from .base import DecodeState, Sampling, Teacher, Tokenizer
+from .groups import first_groups
 from .linear import make_linear
 from .quantizer import MultiScaleQuantizer
 from .var import Block, VARTransformer
@@ -90,7 +91,8 @@ class VARState(DecodeState):
         rows, quantizer = capacity * (2 if self.guided else 1), teacher.quantizer
         width = c.embed_dim // c.num_heads
         self.cache = KVCache(c.depth, rows, c.num_heads, positions, width, teacher.dtype, device)
-        most = rows * max(c.groups) * c.embed_dim
+        widest = max(c.groups[: len(first_groups(c.groups, positions)) + 1])  # the input after the last is made, too
+        most = rows * widest * c.embed_dim
         self._x = torch.empty(most, dtype=wide, device=device)
         self._h = torch.empty(most, dtype=teacher.dtype, device=device)
         self._heads = torch.empty(most, dtype=teacher.dtype, device=device)
@@ -99,7 +101,7 @@ class VARState(DecodeState):
         self.head_mods = torch.empty(2, rows, c.embed_dim, dtype=wide, device=device)
         channels = quantizer.channels
         self._f_hat = torch.empty(capacity, quantizer.side**2, channels, dtype=wide, device=device)
-        self._following = torch.empty(capacity * max(c.groups) * channels, dtype=wide, device=device)
+        self._following = torch.empty(capacity * widest * channels, dtype=wide, device=device)
 
     @property
     def f_hat(self) -> Tensor:
