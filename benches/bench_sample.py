@@ -24,8 +24,8 @@ from ddfast.models.checkpoints import make_part, save_bundle
 from ddfast.models.zoo import TEACHERS, TOKENIZERS
 
 CASES = {
-    "var-dd-d16": ("--steps 1 --batch 64", "--teacher-groups 3:5"),
-    "llamagen-dd-b": ("--steps 1 --batch 64", "--teacher-groups 60:80"),
+    "var-dd-d16": ("--steps 1 --batch 64", "--teacher-groups 3:5 --batch 64"),
+    "llamagen-dd-b": ("--steps 1 --batch 64", "--teacher-groups 60:80 --batch 64"),
 }
 
 
@@ -67,14 +67,15 @@ def measured(student: Path, teacher: Path, options: str, num: int, folder: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(CASES), help="one student (default: all)")
+    parser.add_argument("--options", help="one row's (default: all)")
     parser.add_argument("--num", type=int, default=64, help="images (default: 64)")
     parser.add_argument("--out", type=Path, default=RESULTS / "sample.json")
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in CASES if args.only is None else (args.only,):
         with tempfile.TemporaryDirectory() as temporary:
             files = write_models(name, Path(temporary))
-            for options in CASES[name]:
+            for options in CASES[name] if args.options is None else (args.options,):
                 rows.append({"student": name} | measured(*files, options, args.num, Path(temporary)))
                 print(json.dumps(rows[-1]), flush=True)
     finish({"bench": "sample", "hardware": hardware(), "rows": rows}, args.out)

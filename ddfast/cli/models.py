@@ -147,8 +147,10 @@ def open_student(args: argparse.Namespace, device: torch.device) -> Distilled | 
     return model
 
 
-def open_teacher(args: argparse.Namespace, name: str, device: torch.device) -> Drawing:
-    """The teacher ``name``, as the command line has it sampled."""
+def open_teacher(
+    args: argparse.Namespace, name: str, device: torch.device, student: Distilled | None = None
+) -> Drawing:
+    """The teacher ``name``, as the command line has it sampled; it shares the tokenizer of its student."""
     own_tokenizer = name in TEACHERS and TEACHERS[name].bundled or Path(name).suffix == ".safetensors"
     tokenizer = None if own_tokenizer else args.tokenizer
     try:
@@ -157,6 +159,8 @@ def open_teacher(args: argparse.Namespace, name: str, device: torch.device) -> D
         raise UserError(str(error).replace("--weights", "--teacher-weights")) from None
     sampling = chosen_sampling(args, teacher)
     teacher.check_sampling(sampling)
+    if student is not None and torch.equal(teacher.codebook, student.codebook):
+        teacher.tokenizer = student.tokenizer
     teacher.prepare(release=True)
     solver = make_solver(args.solver, args.nfe)
     return Drawing(teacher, sampling, solver, args.ordinary, args.released_prefix)
@@ -207,7 +211,7 @@ def open_model(args: argparse.Namespace, default_num: int | None = None) -> Samp
     student = open_student(args, device)
     drawing = None
     if student is None or args.teacher_groups is not None or args.skip is not None:
-        drawing = open_teacher(args, teacher_for(args, student), device)
+        drawing = open_teacher(args, teacher_for(args, student), device, student)
     marginals = None if args.onestep is None else Marginals(PairDataset(args.onestep))
     sampler = Sampler(student, drawing, marginals)
     plan = plan_of(args, student, len(sampler.groups))

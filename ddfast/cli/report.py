@@ -217,7 +217,7 @@ def study(
     device = choose_device(args.device)
     extractor = chosen_extractor(args, device)
     marginals = None if pairs is None else Marginals(PairDataset(pairs))
-    subject = Subject(students, open_teacher(args, args.teacher, device), marginals, runs, by_pairs)
+    subject = Subject(students, open_teacher(args, args.teacher, device, students[0]), marginals, runs, by_pairs)
     facts: dict[str, Any] = {"dtype": str(chosen_dtype(args, device)).removeprefix("torch.")}
     if marginals is not None:
         facts["pairs"] = marginals.dataset.manifest.num

@@ -182,7 +182,7 @@ def compare(args: argparse.Namespace) -> int:
     name = teacher_at_hand(args, student)
     if name is None and args.teacher_groups is not None:
         raise UserError(f"--teacher-groups needs the teacher, {student.teacher}: name it with --teacher")
-    drawing = None if name is None else open_teacher(args, name, device)
+    drawing = None if name is None else open_teacher(args, name, device, student)
     sampler = Sampler(student, drawing)
     rows = [sampled(args, sampler, plan) for plan in plans_to_compare(args, sampler)]
     batch = args.batch or min(default_batch(sampler, row.plan) for row in rows)

@@ -68,11 +68,17 @@ class Part:
     tensors: dict[str, Tensor]
     sha256: str
 
-    def build(self, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-        """The module in eval mode, its floating-point weights cast to ``dtype``."""
+    def build(self, dtype: torch.dtype, device: torch.device | str, copy: bool = False) -> nn.Module:
+        """The module in eval mode, its floating-point weights cast to ``dtype``.
+
+        ``copy``: into memory of its own, so that a file that was mapped is let go, even where nothing is cast.
+        """
         with torch.device("meta"):
             module = KINDS[self.kind][1](self.config)
-        cast = {k: t.to(device=device, dtype=dtype if t.is_floating_point() else None) for k, t in self.tensors.items()}
+        cast = {
+            k: t.to(device=device, dtype=dtype if t.is_floating_point() else None, copy=copy)
+            for k, t in self.tensors.items()
+        }
         module.load_state_dict(cast, assign=True)
         for name, buffer in list(module.named_buffers()):  # constants that no file holds, built on the CPU
             if name not in cast:

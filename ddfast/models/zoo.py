@@ -405,8 +405,9 @@ def assemble(
     kind = parts["transformer"].kind
     if kind not in TEACHER_CLASSES:
         raise UserError(f"{name}: a {kind} cannot be a teacher")
-    transformer = parts["transformer"].build(dtype, device)
-    tokenizer = parts["tokenizer"].build(torch.float32, device)
+    # copied, so that prepare(release=True) frees what it says
+    transformer = parts["transformer"].build(dtype, device, copy=True)
+    tokenizer = parts["tokenizer"].build(torch.float32, device, copy=True)
     teacher: Teacher = TEACHER_CLASSES[kind](name, transformer, tokenizer)
     teacher.presets = dict(presets) or {"plain": teacher.plain_sampling()}
     teacher.weights_sha256 = {label: part.sha256 for label, part in parts.items()}
