@@ -48,7 +48,7 @@ def make_sampler(name: str, device: torch.device) -> Sampler:
     )
     student = teacher.new_student(torch.Generator().manual_seed(0)).to(torch.bfloat16).requires_grad_(False).eval()
     teacher.transformer.to(torch.bfloat16)
-    made = Distilled("random", student, teacher.tokenizer, name, TIMESTEPS[name], TIMESTEPS[name][-1], "")
+    made = Distilled("random", student, teacher.tokenizer, name, TIMESTEPS[name], TIMESTEPS[name][-1], "", "")
     return Sampler(made, Drawing(teacher, teacher.preset()))
 
 

@@ -96,6 +96,15 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless ``folder`` is, or could be made, a folder to write to; it is not made."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"{there} is not a folder; choose another place than {folder}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there} may not be written to; choose another place than {folder}")
+
+
 def file_sha256(path: Path) -> str:
     """Hexadecimal."""
     sha256 = hashlib.sha256()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_helpers import FAMILIES
 from safetensors import safe_open
-from tiny import tiny_bundle
+from tiny import tiny_bundle, tiny_student
 from train_helpers import Launcher, share_modulation
 
 from ddfast.cli import main
@@ -90,6 +90,19 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def teacher(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Teacher:
     """Each of ``bundles``, loaded."""
     return load_teacher(str(bundles[request.param]))
+
+
+@pytest.fixture(scope="module")
+def bundle(teacher: Teacher, bundles: dict[str, Path]) -> str:
+    """The file of ``teacher``, as a command is given it."""
+    return str(bundles[teacher.name.removeprefix("tiny-")])
+
+
+@pytest.fixture(scope="module")
+def student_file(teacher: Teacher, bundle: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random student of ``teacher``: ``tiny_student``."""
+    path = tmp_path_factory.mktemp("student") / "student.safetensors"
+    return tiny_student(path, bundle, teacher.name.removeprefix("tiny-"))
 
 
 @pytest.fixture(scope="module")

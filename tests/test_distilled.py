@@ -10,31 +10,18 @@ from typing import Any
 import pytest
 import torch
 from engine_helpers import FAMILIES
-from tiny import CHANNELS, CLASSES, VOCAB, random_weights
+from tiny import CHANNELS, VOCAB, random_weights, student_part
 
 import ddfast.models.distilled
 import ddfast.models.zoo
 from ddfast.errors import UserError
 from ddfast.models import STUDENTS, Distilled, load_student, save_student
 from ddfast.models.checkpoints import Part, load_bundle, make_part, read_extra, save_bundle
-from ddfast.models.llamagen_student import LlamaGenStudent, LlamaGenStudentConfig
 from ddfast.models.llamagen_vq import LlamaGenTokenizer, LlamaGenTokenizerConfig
-from ddfast.models.var_student import VARStudent, VARStudentConfig
 from ddfast.models.zoo import TOKENIZERS, ZooStudent, read_part
 from ddfast.sampling import few_step
 
 Parts = tuple[Part, Part]
-
-
-def student_part(family: str, seed: int = 3, **changes: Any) -> Part:
-    """A random student of the tiny teacher of the family."""
-    if family == "var":
-        var = VARStudentConfig(2, 32, 2, (1, 2, 3), CLASSES, VOCAB, CHANNELS)
-        var = replace(var, **changes)
-        return make_part("var-student", var, random_weights(VARStudent(var), seed), "test")
-    config = LlamaGenStudentConfig(2, 2, 32, 9, VOCAB, CLASSES, multiple_of=32, codebook_dim=CHANNELS)
-    config = replace(config, **changes)
-    return make_part("llamagen-student", config, random_weights(LlamaGenStudent(config), seed), "test")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -363,14 +363,13 @@ def test_a_batch_that_did_not_fit_after_all_is_told(
 
 
 def test_precision_is_recorded_and_a_rerun_says_so(
-    tmp_path: Path, teacher: Teacher, bundles: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, teacher: Teacher, bundle: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = manifest_of(teacher)
     make(tmp_path, teacher, manifest, precision="int8")
     assert read_shard(tmp_path, manifest, 0).run == Run(8, "float32", "cpu", "int8")
     store.shard_path(tmp_path, 1).unlink()
     options = ["--guidance", "1.5", "--top-k", "6", "--solver", "adams", "-n", "50", "--shard-size", "16"]
-    bundle = str(bundles[teacher.name.removeprefix("tiny-")])
     assert main(["pairs", "--teacher", bundle, "--out", str(tmp_path), *options]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "precision='int8'), the missing ones will be with Run(batch=8," in said and "precision='native')" in said

@@ -47,11 +47,6 @@ def dataset(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> PairD
 
 
 @pytest.fixture(scope="module")
-def bundle(teacher: Teacher, bundles: dict[str, Path]) -> str:
-    return str(bundles[teacher.name.removeprefix("tiny-")])
-
-
-@pytest.fixture(scope="module")
 def on_gpu(bundle: str) -> Teacher:
     """``teacher`` on the GPU."""
     return load_teacher(bundle, device=CUDA)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import gpu_sample
@@ -11,7 +10,6 @@ import torch
 from _common import RESULTS
 from engine_helpers import FAMILIES
 from gpu_cases import Ceilings
-from test_distilled import student_part
 from torch import Tensor
 
 from ddfast.cli import main
@@ -19,12 +17,11 @@ from ddfast.errors import UserError, WorkError
 from ddfast.evaluation.features import Features, load_digits_features
 from ddfast.evaluation.reference import Reference, load_reference
 from ddfast.evaluation.statistics import FeatureStatistics
-from ddfast.models import Distilled, Teacher, load_student, load_teacher, save_student
-from ddfast.models.checkpoints import load_bundle
+from ddfast.models import Distilled, Teacher, load_student, load_teacher
 from ddfast.report import read_report
-from ddfast.report.digits import Plan, prepare
+from ddfast.report.digits import DigitsPlan, prepare
 from ddfast.report.run import Examiner, Settings, Subject, usual_involved, usual_skips
-from ddfast.sampling import Drawing, Sampler, involved_plan, passes, teacher_plan
+from ddfast.sampling import Drawing, involved_plan, passes, teacher_plan
 
 
 def test_usual_plans_are_those_of_the_paper_or_near() -> None:
@@ -62,12 +59,8 @@ def nowhere(*_: object) -> Reference:
 
 
 @pytest.fixture
-def student(teacher: Teacher, bundles: dict[str, Path], tmp_path: Path) -> Distilled:
-    family = teacher.name.removeprefix("tiny-")
-    path = tmp_path / "student.safetensors"
-    parts = student_part(family), load_bundle(bundles[family])[1]["tokenizer"]
-    save_student(path, "tiny-dd", *parts, (0, 2), 2, teacher.name)
-    return load_student(path)
+def student(student_file: Path) -> Distilled:
+    return load_student(student_file)
 
 
 def test_every_way_is_measured_for_every_seed(teacher: Teacher, student: Distilled, tmp_path: Path) -> None:
@@ -97,17 +90,14 @@ def test_a_teachers_distance_to_itself_is_that_of_its_noise() -> None:
     teacher = load_teacher("digits-llamagen")
     extractor = load_digits_features()
     reference = load_reference("digits", extractor)
-    examiner = Examiner.__new__(Examiner)
+    model = teacher.new_student(torch.Generator().manual_seed(0)).requires_grad_(False).eval()
+    student = Distilled("random", model, teacher.tokenizer, teacher.name, (0, 4), 4, "", "")
     settings = Settings(num=500, teacher_num=2000, batch=500, time_batches=())
-    drawing = Drawing(teacher, teacher.preset())
-    examiner.settings, examiner.extractor, examiner.reference = settings, extractor, reference
-    examiner.progress = lambda *a: None
-    examiner.ordinary = [Sampler(drawing=replace(drawing, ordinary=True))]
-    examiner.by_flow = [Sampler(drawing=drawing)]
-    examiner.theirs = examiner._teacher()
-    found = examiner.figures("teacher", examiner.ordinary, teacher_plan(16))
+    subject = Subject([student], Drawing(teacher, teacher.preset()))
+    examiner = Examiner(subject, settings, extractor, reference, lambda *a: None)
+    found = examiner.figures("teacher", examiner.samplers(ordinary=True), teacher_plan(16))
     assert 0.1 < found["FD_T"][0] < 0.6 and found["accuracy"][0] > 0.95
-    flow = examiner.figures("flow", examiner.by_flow, teacher_plan(16))
+    flow = examiner.figures("flow", examiner.samplers(), teacher_plan(16))
     assert flow["FD_T"][0] == pytest.approx(found["FD_T"][0], rel=0.5)
 
 
@@ -176,13 +166,13 @@ def test_what_makes_no_report_is_refused(
 
 
 def test_a_command_that_fails_says_what_it_said(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, ("digits-var",), 100, 1, 1.0)
+    plan = DigitsPlan(tmp_path, ("digits-var",), 100, 1, 1.0)
     plan.pairs_folder("digits-var", 10).parent.mkdir()
     plan.pairs_folder("digits-var", 10).write_text("in the way")
     with pytest.raises(WorkError, match=r"(?s)pairs of digits-var, 10 failed \(\d\): ddfast pairs .*digits-var-10"):
         prepare(plan, lambda name: None)
     with pytest.raises(UserError, match="steps-scale is 101"):
-        Plan(tmp_path, ("digits-var",), 100, 1, 101)
+        DigitsPlan(tmp_path, ("digits-var",), 100, 1, 101)
 
 
 @pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])

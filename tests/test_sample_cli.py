@@ -9,28 +9,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_distilled import student_part
 
 from ddfast.cli import main
 from ddfast.errors import UserError
-from ddfast.models import Distilled, Teacher, load_student, save_student
-from ddfast.models.checkpoints import load_bundle
+from ddfast.files import check_writable
+from ddfast.models import Distilled, Teacher, load_student
 from ddfast.models.classes import class_names, name_of, parse_classes
 from ddfast.sampling import Drawing, Sampler, few_step_plan, involved_plan, teacher_plan
 
 
 @pytest.fixture
-def student(teacher: Teacher, bundles: dict[str, Path], tmp_path: Path) -> Path:
-    family = teacher.name.removeprefix("tiny-")
-    path = tmp_path / "student.safetensors"
-    parts = student_part(family), load_bundle(bundles[family])[1]["tokenizer"]
-    save_student(path, "tiny-dd", *parts, (0, 2), 2, teacher.name)
-    return path
-
-
-@pytest.fixture
-def bundle(teacher: Teacher, bundles: dict[str, Path]) -> str:
-    return str(bundles[teacher.name.removeprefix("tiny-")])
+def student(student_file: Path) -> Path:
+    return student_file
 
 
 def expected(model: Distilled, drawing: Drawing | None, plan: object, labels: list[int], seed: int = 1) -> np.ndarray:
@@ -52,7 +42,19 @@ def test_plans_of_the_command_line(student: Path, bundle: str, teacher: Teacher,
     }
     seen = []
     for options, plan in ways.items():
-        words = ["sample", "--student", str(student), "--num", "7", "--seed", "3", "--batch", "3", "--out", str(out)]
+        words = [
+            "sample",
+            "--student",
+            str(student),
+            "--num",
+            "7",
+            "--seed",
+            "3",
+            "--batch",
+            "3",
+            "--out",
+            str(out),
+        ]
         assert main([*words, *options.split()]) == 0
         data = np.load(out)
         assert data["arr_1"].tolist() == [0, 1, 2, 3, 4, 0, 1]
@@ -123,15 +125,26 @@ def test_a_folder_of_other_images_is_refused(student: Path, tmp_path: Path, caps
         (["--classes", "1"], "classes is all, not [1]"),
         (["--num", "3"], "is for 4 images; name as many or more"),
         (["--split", "0"], "student.split is 2, not 0"),
+        (["--guidance", "2"], "--guidance is about a teacher, which draws nothing here"),
     ):
         assert main([*words, str(folder), *options]) == 2
         assert message in capsys.readouterr().err
+    (folder / "sampling.json").write_text("{")
+    assert main([*words, str(folder)]) == 2
+    assert "sampling.json is damaged" in capsys.readouterr().err
     other = tmp_path / "other"
     other.mkdir()
     Image.new("RGB", (4, 4)).save(other / "mine.png")
     assert main([*words, str(other)]) == 2
     assert "holds pictures that `ddfast sample` did not write" in capsys.readouterr().err
     assert [p.name for p in other.iterdir()] == ["mine.png"]
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddfast.files.os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UserError, match="may not be written to; choose another place than .*new"):
+        check_writable(tmp_path / "new" / "deep")
+    check_writable(tmp_path.parent)
 
 
 def test_ranks_share_a_folder(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +173,16 @@ def test_a_grid_is_labelled(student: Path, tmp_path: Path, capsys: pytest.Captur
 def test_comparing_puts_ways_above_one_another(
     student: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["sample", "--student", str(student), "--compare", "--classes", "0-3", "--out", str(tmp_path / "c.png")]
+    words = [
+        "sample",
+        "--student",
+        str(student),
+        "--compare",
+        "--classes",
+        "0-3",
+        "--out",
+        str(tmp_path / "c.png"),
+    ]
     assert main(words) == 0
     captured = capsys.readouterr().out
     assert "4 samples, 2 steps above 1 step; tiny-" in captured and "is not at hand, so its row is missing" in captured

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distilled import student_part
 from tiny import CHANNELS, CLASSES, VOCAB
 from torch import Tensor
 
@@ -16,9 +15,8 @@ from ddfast import ops
 from ddfast.cli import main
 from ddfast.errors import UserError
 from ddfast.flow import make_solver
-from ddfast.models import Distilled, Sampling, Teacher, load_student, load_teacher, save_student
+from ddfast.models import Distilled, Sampling, Teacher, load_student, load_teacher
 from ddfast.models.base import decode_embeddings
-from ddfast.models.checkpoints import load_bundle
 from ddfast.pairs import PairDataset, decode
 from ddfast.sampling import (
     MARGINALS,
@@ -58,13 +56,9 @@ def test_passes_are_those_of_the_paper() -> None:
 
 
 @pytest.fixture
-def student(teacher: Teacher, bundles: dict[str, Path], tmp_path: Path) -> Distilled:
-    """A random student of the tiny teacher; groups before 2 by logits, the others by the embedding head."""
-    family = teacher.name.removeprefix("tiny-")
-    tokenizer = load_bundle(bundles[family])[1]["tokenizer"]
-    path = tmp_path / "student.safetensors"
-    save_student(path, "tiny-dd", student_part(family), tokenizer, (0, 2), 2, teacher.name)
-    return load_student(path)
+def student(student_file: Path) -> Distilled:
+    """Groups before 2 by logits, the others by the embedding head."""
+    return load_student(student_file)
 
 
 def drawing(teacher: Teacher, guidance: float = 2.0, **how: bool) -> Drawing:

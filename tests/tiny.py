@@ -1,16 +1,21 @@
-"""Tiny teachers with random weights, as bundles on disk."""
+"""Tiny teachers and students with random weights, as files."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ddfast.models.checkpoints import make_part, save_bundle
+from ddfast.models.checkpoints import Part, load_bundle, make_part, save_bundle
 from ddfast.models.digits import DigitsTokenizer, DigitsTokenizerConfig
+from ddfast.models.distilled import save_student
 from ddfast.models.llamagen import LlamaGenConfig, LlamaGenTransformer
+from ddfast.models.llamagen_student import LlamaGenStudent, LlamaGenStudentConfig
 from ddfast.models.var import VARConfig, VARTransformer
+from ddfast.models.var_student import VARStudent, VARStudentConfig
 
 VOCAB, CHANNELS, CLASSES = 24, 4, 5
 
@@ -36,4 +41,23 @@ def tiny_bundle(path: Path, family: str, seed: int = 0) -> Path:
         "tokenizer": make_part("digits-tokenizer", vq_config, vq_weights, "test"),
     }
     save_bundle(path, f"tiny-{family}", parts)
+    return path
+
+
+def student_part(family: str, seed: int = 3, **changes: Any) -> Part:
+    """A random student of the tiny teacher of the family."""
+    if family == "var":
+        var = VARStudentConfig(2, 32, 2, (1, 2, 3), CLASSES, VOCAB, CHANNELS)
+        var = replace(var, **changes)
+        return make_part("var-student", var, random_weights(VARStudent(var), seed), "test")
+    config = LlamaGenStudentConfig(2, 2, 32, 9, VOCAB, CLASSES, multiple_of=32, codebook_dim=CHANNELS)
+    config = replace(config, **changes)
+    return make_part("llamagen-student", config, random_weights(LlamaGenStudent(config), seed), "test")
+
+
+def tiny_student(path: Path, bundle: str, family: str) -> Path:
+    """A random student of a ``tiny_bundle``; groups before 2 by its logits, the others by its embeddings."""
+    save_student(
+        path, "tiny-dd", student_part(family), load_bundle(Path(bundle))[1]["tokenizer"], (0, 2), 2, f"tiny-{family}"
+    )
     return path

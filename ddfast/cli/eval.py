@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,16 @@ from ..evaluation.evaluate import write_result as write_files
 from ..evaluation.features import INCEPTION_FILE, FeatureExtractor, load_digits_features, load_inception
 from ..evaluation.images import ImageSource, open_images
 from ..evaluation.reference import DIGITS, load_reference, save_reference
-from .models import add_model_arguments, add_sample_arguments, check_plan_options, default_batch, open_model, wanted
+from ..files import check_writable
+from .models import (
+    add_model_arguments,
+    add_sample_arguments,
+    check_plan_options,
+    check_used,
+    default_batch,
+    open_model,
+    wanted,
+)
 from .pairs import choose_device
 from .progress import progress_bar
 
@@ -113,6 +121,8 @@ def check_options(args: argparse.Namespace) -> None:
     if wanted(args) == (args.samples is not None):
         raise UserError("`ddfast eval` measures either images, a folder or an .npz, or a model: --student or --teacher")
     check_plan_options(args)
+    if args.samples is not None:
+        check_used(args, ())
     check_reference(args)
     if args.save_reference is not None:
         if args.save_reference.suffix != ".npz":
@@ -143,15 +153,6 @@ def check_reference(args: argparse.Namespace) -> None:
             raise UserError(f"{path} does not exist")
     if args.reference != DIGITS and not Path(args.reference).is_dir() and Path(args.reference).suffix != ".npz":
         raise UserError(f"--reference {args.reference} is neither a folder of pictures nor an .npz")
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless ``folder`` is, or could be made, a folder to write to; it is not made."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UserError(f"{there} is not a folder; choose another place than {folder}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{there} may not be written to; choose another place than {folder}")
 
 
 def check_source(source: ImageSource, args: argparse.Namespace) -> None:

@@ -216,7 +216,22 @@ def open_model(args: argparse.Namespace, default_num: int | None = None) -> Samp
     sampler = Sampler(student, drawing, marginals)
     plan = plan_of(args, student, len(sampler.groups))
     sampler.check(plan)
+    check_used(args, plan)
     return sampled(args, sampler, plan, default_num)
+
+
+def check_used(args: argparse.Namespace, plan: Plan) -> None:
+    """Raise UserError for options about somebody who draws nothing in ``plan``."""
+    options = ("preset", "guidance", "guidance_interval", "top_k", "top_p", "temperature", "nfe")
+    given = [name for name in options if getattr(args, name) is not None]
+    given += [name for name in ("ordinary", "released_prefix") if getattr(args, name)]
+    given += ["teacher"] if args.teacher is not None and args.student is not None else []
+    drawing = {leg.who for leg in plan}
+    if given and TEACHER not in drawing:
+        option = "--" + given[0].replace("_", "-")
+        raise UserError(f"{option} is about a teacher, which draws nothing here; add --teacher-groups, or drop it")
+    if args.split is not None and STUDENT not in drawing:
+        raise UserError("--split is about a student, which draws nothing here; drop it")
 
 
 def teacher_for(args: argparse.Namespace, student: Distilled | None) -> str:
@@ -256,7 +271,7 @@ def facts_of(args: argparse.Namespace, sampler: Sampler, plan: Plan) -> dict[str
     facts["plan"] = [f"{leg.who} {leg.first}:{leg.stop}" for leg in plan]
     if sampler.student is not None and STUDENT in who:
         s = sampler.student
-        facts["student"] = {"name": s.name, "sha256": s.sha256, "split": s.split}
+        facts["student"] = {"name": s.name, "sha256": s.sha256, "tokenizer": s.tokenizer_sha256, "split": s.split}
     if sampler.drawing is not None and TEACHER in who:
         d = sampler.drawing
         facts["teacher"] = {"name": d.teacher.name, "sha256": d.teacher.weights_sha256} | asdict(d.sampling)
@@ -265,6 +280,6 @@ def facts_of(args: argparse.Namespace, sampler: Sampler, plan: Plan) -> dict[str
             facts["teacher"]["released_prefix"] = True
     if sampler.marginals is not None and not who & {STUDENT, TEACHER}:
         manifest = sampler.marginals.dataset.manifest
-        facts["pairs"] = {"teacher": manifest.teacher, "num": manifest.num, "seed": manifest.seed}
+        facts["pairs"] = {"teacher": manifest.teacher, "num": manifest.num, "checksum": manifest.checksum}
     facts["dtype"] = str(chosen_dtype(args, sampler.device)).removeprefix("torch.")
     return facts

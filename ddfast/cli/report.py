@@ -15,7 +15,7 @@ from rich.console import Console
 from .. import __version__
 from ..errors import UserError
 from ..evaluation.reference import load_reference
-from ..files import locked
+from ..files import check_writable, locked
 from ..hardware import cpu_name
 from ..models import Distilled, load_student
 from ..pairs import PairDataset
@@ -24,7 +24,7 @@ from ..report.plots import check_matplotlib
 from ..report.run import Examiner, Settings, Subject
 from ..sampling import Marginals
 from ..training.config import DIGITS
-from .eval import add_reference_arguments, check_reference, check_writable, chosen_extractor
+from .eval import add_reference_arguments, check_reference, chosen_extractor
 from .models import SEED, chosen_dtype, open_teacher, parse_groups
 from .pairs import add_teacher_sampling, choose_device
 from .progress import progress_bar
@@ -170,7 +170,9 @@ def digits_studies(args: argparse.Namespace) -> list[Study]:
     """Pairs and students from nothing, and a study of each teacher."""
     names = tuple(args.teachers.split(",")) if args.teachers else tuple(DIGITS)
     given = {"pairs": args.num_pairs, "seeds": args.seeds, "steps_scale": args.steps_scale}
-    plan = digits.Plan(args.out, names, **{name: value for name, value in given.items() if value is not None})
+    plan = digits.DigitsPlan(
+        args.out, names, device=args.device, **{name: value for name, value in given.items() if value is not None}
+    )
     console = Console(stderr=True)
     with progress_bar(console) as bar:
         jobs = bar.add_task("pairs and students", total=len(plan.making()) + len(plan.training()))

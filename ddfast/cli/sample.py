@@ -16,9 +16,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ..errors import UserError
-from ..evaluation.images import MANIFEST, write_npz
+from ..evaluation.images import MANIFEST, read_manifest, write_npz
 from ..evaluation.sampled import SampledImages
-from ..files import remove_abandoned, write_atomic
+from ..files import check_writable, remove_abandoned, write_atomic
 from ..models.classes import name_of
 from ..pictures import check_ending, grid
 from ..records import differences
@@ -93,9 +93,10 @@ def run(args: argparse.Namespace) -> int:
     if args.columns < 1:
         raise UserError(f"--columns is {args.columns}; it must be at least 1")
     rank, world = torchrun()
-    to_folder = args.out.suffix == ""
+    to_folder = args.out.suffix == "" or args.out.is_dir()
     if not to_folder and args.out.suffix != ".npz":
         check_ending(args.out)
+    check_writable(args.out if to_folder else args.out.parent)
     if world > 1 and not to_folder:
         raise UserError(f"{world} ranks can share a folder only; give --out without an ending")
     if args.compare:
@@ -140,7 +141,7 @@ def fill_folder(folder: Path, images: SampledImages, batch: int, rank: int, worl
     folder.mkdir(parents=True, exist_ok=True)
     record, path = images.facts(), folder / MANIFEST
     if path.exists():
-        there = json.loads(path.read_bytes())
+        there = read_manifest(folder)
         lines = differences(there | {"num": len(images)}, json.loads(json.dumps(record)))
         if lines:
             raise UserError(f"{folder} holds other images; choose another --out. There " + "; ".join(lines))

@@ -124,17 +124,23 @@ def _open_folder(folder: Path) -> FolderImages:
 
 def _sampling(folder: Path, count: int) -> dict[str, Any] | None:
     """What ``ddfast sample`` left in its folder; UserError where it was interrupted."""
-    path = folder / MANIFEST
-    if not path.exists():
+    if not (folder / MANIFEST).exists():
         return None
+    record = read_manifest(folder)
+    if record["num"] != count:
+        raise UserError(f"{folder} holds {count} pictures of {record['num']}; run its `ddfast sample` once more")
+    return record
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The ``sampling.json`` of a folder of ``ddfast sample``; UserError where it is damaged."""
+    path = folder / MANIFEST
     try:
         record = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); draw the images again") from error
     if missing := {"classes", "num_classes", "num"} - record.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; draw the images again")
-    if record["num"] != count:
-        raise UserError(f"{folder} holds {count} pictures of {record['num']}; run its `ddfast sample` once more")
     return record
 
 

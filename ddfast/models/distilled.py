@@ -39,6 +39,7 @@ class Distilled:
         timesteps: those it was trained on, rising from 0.
         split: groups before it are best taken from the logits, the others from the embeddings.
         sha256: content hash of the student's weights.
+        tokenizer_sha256: of the tokenizer's.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Distilled:
     timesteps: tuple[int, ...]
     split: int
     sha256: str
+    tokenizer_sha256: str
 
     @property
     def codebook(self) -> Tensor:
@@ -99,7 +101,7 @@ def load_student(
         name, student, vq, sampled = _read(path, tokenizer, copy)
     _check(name, student, vq, *sampled[1:])
     model = cast(Student, student.build(dtype, device))
-    return Distilled(name, model, vq.build(torch.float32, device), *sampled, student.sha256)
+    return Distilled(name, model, vq.build(torch.float32, device), *sampled, student.sha256, vq.sha256)
 
 
 def save_student(

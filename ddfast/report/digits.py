@@ -21,7 +21,7 @@ CHECKPOINTS = 5  # of a run, for the curve over training
 
 
 @dataclass(frozen=True)
-class Plan:
+class DigitsPlan:
     """What a digits report is made of.
 
     Attributes:
@@ -30,6 +30,7 @@ class Plan:
         pairs: the students train on.
         seeds: students of each teacher.
         steps_scale: multiplies the recipe's optimiser steps.
+        device: that the commands are given.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Plan:
     pairs: int = 20_000
     seeds: int = 1
     steps_scale: float = 1.0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         unknown = set(self.teachers) - set(DIGITS)
@@ -64,7 +66,7 @@ class Plan:
         """Commands that make the pairs, by a name of each."""
         return {
             f"pairs of {teacher}, {size}": [
-                *("pairs", "--teacher", teacher, "--num", str(size + HOLDOUT)),
+                *("pairs", "--teacher", teacher, "--num", str(size + HOLDOUT), "--device", self.device),
                 *("--out", str(self.pairs_folder(teacher, size))),
             ]
             for teacher in self.teachers
@@ -80,15 +82,16 @@ class Plan:
                 for seed in range(self.seeds if size == self.pairs else 1):
                     commands[f"student of {teacher}, {size} pairs, seed {seed}"] = [
                         *("train", "--teacher", teacher, "--pairs", str(self.pairs_folder(teacher, size))),
-                        *("--seed", str(seed), "--steps", str(steps)),
+                        *("--seed", str(seed), "--steps", str(steps), "--device", self.device),
                         *("--save-every", str(-(-steps // CHECKPOINTS)), "--keep", str(CHECKPOINTS + 1)),
                         *("--out", str(self.run(teacher, size, seed))),
                     ]
         return commands
 
 
-def prepare(plan: Plan, progress: Callable[[str], None]) -> None:
-    """Run every command of ``plan``, as many at a time as there are cores; ``progress`` is told of each that is done.
+def prepare(plan: DigitsPlan, progress: Callable[[str], None]) -> None:
+    """Run every command of ``plan``, on a GPU one at a time, on a CPU one a core; ``progress`` is told of each that is
+    done.
 
     What is there already stays: a command goes on from where it stopped.
 
@@ -96,7 +99,8 @@ def prepare(plan: Plan, progress: Callable[[str], None]) -> None:
         WorkError: a command failed; the error ends with what it said.
     """
     for commands in (plan.making(), plan.training()):
-        workers = 1 if torch.cuda.is_available() else max(1, min(len(commands), os.cpu_count() or 1))
+        gpu = plan.device != "cpu" and torch.cuda.is_available()
+        workers = 1 if gpu else max(1, min(len(commands), os.cpu_count() or 1))
         environment = dict(os.environ) if workers == 1 else os.environ | {"OMP_NUM_THREADS": "1"}
         with ThreadPoolExecutor(workers) as pool:
             tasks = [pool.submit(_run, name, words, environment) for name, words in commands.items()]

@@ -160,15 +160,18 @@ class Examiner:
         self.ways = ways_of(subject, settings)
         if subject.marginals is not None:
             subject.marginals.check_classes(range(subject.students[0].student.num_classes))
-        ordinary = replace(subject.drawing, ordinary=True)
-        self.by_flow = [Sampler(student, subject.drawing, subject.marginals) for student in subject.students]
-        self.ordinary = [Sampler(student, ordinary) for student in subject.students]
+        self.groups = len(subject.students[0].student.groups)
         self.theirs = self._teacher()
+
+    def samplers(self, ordinary: bool = False) -> list[Sampler]:
+        """One a student. New ones each time: a sampler holds the teacher's KV cache."""
+        drawing = replace(self.subject.drawing, ordinary=ordinary)
+        return [Sampler(student, drawing, self.subject.marginals) for student in self.subject.students]
 
     def _teacher(self) -> FeatureStatistics:
         """Of the teacher's ordinary samples, none of which are in a row."""
-        groups = len(self.by_flow[0].groups)
-        images = self.images(self.ordinary[0], teacher_plan(groups), self.settings.teacher_num, TEACHER_SEED)
+        sampler = self.samplers(ordinary=True)[0]
+        images = self.images(sampler, teacher_plan(self.groups), self.settings.teacher_num, TEACHER_SEED)
         return self._measure("the teacher's samples", images).pool
 
     def images(self, sampler: Sampler, plan: Plan, num: int, seed: int) -> SampledImages:
@@ -205,7 +208,7 @@ class Examiner:
         subject, student = self.subject, self.subject.students[0]
         rows = []
         for way in self.ways:
-            samplers = self.ordinary if way.ordinary else self.by_flow
+            samplers = self.samplers(way.ordinary)
             values = self.figures(way.name, samplers, way.plan)
             seconds = {str(b): time_plan(samplers[0], way.plan, b) / b for b in self.settings.time_batches}
             ms = {batch: 1e3 * s for batch, s in seconds.items()}
@@ -235,11 +238,10 @@ class Examiner:
 
     def _points(self, x: int, students: Sequence[Distilled], stage: str) -> Iterator[Point]:
         """A point for each number of steps."""
-        groups = len(self.by_flow[0].groups)
         samplers = [Sampler(student) for student in students]
         for n in range(1, len(students[0].timesteps) + 1):
-            plan = few_step_plan(students[0].timesteps[:n], groups)
-            way = plan_name(plan, groups)
+            plan = few_step_plan(students[0].timesteps[:n], self.groups)
+            way = plan_name(plan, self.groups)
             yield Point(x, way, self.figures(f"{stage}, {way}", samplers, plan, neighbours=False))
 
     def _training(self) -> Iterator[Point]:
@@ -257,7 +259,7 @@ class Examiner:
 
     def compare(self, folder: Path) -> str:
         """A picture of every way, a row each, from the same noise; returns its name."""
-        sampler = self.by_flow[0]
+        sampler = self.samplers()[0]
         count = min(COLUMNS, sampler.num_classes)
         ways = [way for way in self.ways if not way.ordinary]
         drawn = [self.images(sampler, way.plan, count, 0).draw(torch.arange(count)) for way in ways]
