@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
 
-demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, its one-step pictures and figures
+demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, its one-step pictures and figures, and the exported file
 	$(ENV)/ddfast pairs --teacher digits-var --num 21000 --out demo/var/pairs
 	$(ENV)/ddfast pairs --teacher digits-llamagen --num 21000 --out demo/llamagen/pairs
 	@echo "Training both students, on a core each; that of digits-llamagen writes to demo/llamagen/train.log"
@@ -27,7 +27,12 @@ demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, i
 	$(ENV)/ddfast train --teacher digits-var --pairs demo/var/pairs --out demo/var/student \
 	  && wait $$! && tail -n 1 demo/llamagen/train.log || { kill $$! 2> /dev/null; tail demo/llamagen/train.log; exit 1; }
 	$(ENV)/ddfast digits eval --student demo/var/student --student demo/llamagen/student
-	@for family in var llamagen; do $(ENV)/ddfast sample --student demo/$$family/student --compare --out demo/$$family/compare.png; done
+	@set -e; for family in var llamagen; do \
+	  $(ENV)/ddfast sample --student demo/$$family/student --compare --out demo/$$family/compare.png; \
+	  rm -rf demo/$$family/onnx; \
+	  $(ENV)/ddfast export --student demo/$$family/student --to onnx --out demo/$$family/onnx; \
+	  $(ENV)/ddfast run demo/$$family/onnx --classes 0-9 --num 40 --out demo/$$family/exported.png; \
+	done
 
 test: .venv/installed-test  ## the tests
 	OMP_NUM_THREADS=1 $(ENV)/pytest tests --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -58,7 +63,7 @@ clean:  ## remove .venv and everything built
 	rm -rf .venv build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-EXTRAS_demo := [train]
+EXTRAS_demo := [train,export]
 EXTRAS_test := [test,bench]
 EXTRAS_bench := [test,bench]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import UserError, WorkError
-from . import convert, digits, eval, info, pairs, report, sample, train
+from . import bench, convert, digits, eval, export, info, pairs, report, run, sample, train
 
 EPILOG = """\
 try it now, on a laptop, without downloads:
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ddfast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (info, pairs, train, sample, eval, report, convert, digits):
+    for command in (info, pairs, train, sample, eval, report, export, run, bench, convert, digits):
         command.add_parser(commands)
     parser.set_defaults(func=None)
     return parser

@@ -17,7 +17,10 @@ from ..evaluation.evaluate import write_result as write_files
 from ..evaluation.features import INCEPTION_FILE, FeatureExtractor, load_digits_features, load_inception
 from ..evaluation.images import ImageSource, open_images
 from ..evaluation.reference import DIGITS, load_reference, save_reference
+from ..export.build import open_engine
+from ..export.images import engine_images, is_exported
 from ..files import check_writable
+from ..models.classes import parse_classes
 from .models import (
     add_model_arguments,
     add_sample_arguments,
@@ -29,6 +32,7 @@ from .models import (
 )
 from .pairs import choose_device
 from .progress import progress_bar
+from .run import engine_device
 
 DESCRIPTION = f"""\
 Measure images against a reference: FID, sFID, Inception Score, precision and recall, as OpenAI's ADM evaluator takes
@@ -110,6 +114,10 @@ def run(args: argparse.Namespace) -> int:
 
 def opened(args: argparse.Namespace) -> tuple[ImageSource, int]:
     """The images to measure, and how many at a time."""
+    if args.samples is not None and is_exported(args.samples):
+        engine = open_engine(args.samples, engine_device(args.device))
+        classes = None if args.classes is None else parse_classes(args.classes, engine.manifest.shapes.num_classes)
+        return engine_images(engine, classes, args.num or 5000, args.seed), args.batch or engine.manifest.batch.best
     if args.samples is not None:
         return open_images(args.samples), args.batch or 64
     images = open_model(args, default_num=5000)

@@ -249,7 +249,7 @@ def sampled(args: argparse.Namespace, sampler: Sampler, plan: Plan, default_num:
     everything = range(sampler.num_classes)
     classes = tuple(everything) if args.classes is None else parse_classes(args.classes, sampler.num_classes)
     num = args.num or default_num or (20 if args.classes is None else len(classes))
-    return SampledImages(sampler, plan, classes, num, args.seed, facts_of(args, sampler, plan))
+    return SampledImages(classes, num, args.seed, facts_of(args, sampler, plan), sampler, plan)
 
 
 def default_batch(sampler: Sampler, plan: Plan) -> int:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
 from ..errors import UserError
-from ..evaluation.images import MANIFEST, read_manifest, write_npz
-from ..evaluation.sampled import SampledImages
-from ..files import check_writable, remove_abandoned, write_atomic
-from ..models.classes import name_of
-from ..pictures import check_ending, grid
-from ..records import differences
+from ..pictures import grid
 from ..sampling import Plan, Sampler, few_step_plan, teacher_plan
 from .models import (
     PLANS,
@@ -37,8 +25,9 @@ from .models import (
     teacher_at_hand,
     wanted,
 )
-from .pairs import choose_device, torchrun
+from .pairs import choose_device
 from .progress import progress_bar
+from .written import add_written, captions, check_written, watched, write_images
 
 DESCRIPTION = """\
 Draw images with a student in one or a few forward passes (Distilled Decoding, Alg. 3), with its teacher in between
@@ -81,91 +70,20 @@ def add_parser(commands: Any) -> None:
         "one a class named, else 20",
         "images drawn together (default: 500 small ones, 24 of 680 tokens on a CPU)",
     )
-    out = parser.add_argument_group("what is written")
-    out.add_argument("--out", type=Path, required=True, metavar="FILE|DIR", help="a picture, an .npz, or a folder")
-    out.add_argument("--columns", type=int, default=10, metavar="N", help="images in a grid's row (default: 10)")
+    add_written(parser)
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     if not wanted(args):
         raise UserError("`ddfast sample` needs --student or --teacher; see `ddfast sample --help` for examples")
-    if args.columns < 1:
-        raise UserError(f"--columns is {args.columns}; it must be at least 1")
-    rank, world = torchrun()
-    to_folder = args.out.suffix == "" or args.out.is_dir()
-    if not to_folder and args.out.suffix != ".npz":
-        check_ending(args.out)
-    check_writable(args.out if to_folder else args.out.parent)
-    if world > 1 and not to_folder:
-        raise UserError(f"{world} ranks can share a folder only; give --out without an ending")
+    check_written(args)
     if args.compare:
         return compare(args)
     images = open_model(args)
     batch = args.batch or default_batch(images.sampler, images.plan)
-    begin = time.perf_counter()
-    with progress_bar(Console(stderr=True, quiet=rank != 0)) as bar:
-        task = bar.add_task(f"{images.how['way']} of {images.sampler.name}", total=len(images))
-        if to_folder:
-            made = fill_folder(args.out, images, batch, rank, world, lambda n: bar.advance(task, n))
-        else:
-            made = len(images)
-            parts = watched(images.batches(batch), lambda n: bar.advance(task, n))
-            if args.out.suffix == ".npz":
-                write_npz(args.out, made, images.size, parts, images.labels)
-            else:
-                grid(torch.cat(list(parts)).float() / 255, captions(images), args.columns, args.out)
-    seconds = time.perf_counter() - begin
-    print(f"{args.out}: {made} images, {images.how['way']}, in {seconds:.1f} s, {batch} at a time")
+    write_images(args.out, images, batch, args.columns)
     return 0
-
-
-def captions(images: SampledImages) -> list[str]:
-    return [name_of(label, images.sampler.num_classes) for label in images.labels.tolist()]
-
-
-def watched(parts: Iterator[Tensor], advance: Any) -> Iterator[Tensor]:
-    for part in parts:
-        advance(len(part))
-        yield part
-
-
-def fill_folder(folder: Path, images: SampledImages, batch: int, rank: int, world: int, advance: Any) -> int:
-    """Write sample i to ``NNNNNN.png`` unless it is there; batches are shared out by rank. Returns how many were made.
-
-    ``sampling.json`` says what the images are.
-
-    Raises:
-        UserError: the folder holds other images.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    record, path = images.facts(), folder / MANIFEST
-    if path.exists():
-        there = read_manifest(folder)
-        lines = differences(there | {"num": len(images)}, json.loads(json.dumps(record)))
-        if lines:
-            raise UserError(f"{folder} holds other images; choose another --out. There " + "; ".join(lines))
-        if there["num"] > len(images):
-            raise UserError(f"{folder} is for {there['num']} images; name as many or more with --num")
-    elif next(folder.glob("*.png"), None) is not None:
-        raise UserError(f"{folder} holds pictures that `ddfast sample` did not write; choose another --out")
-    write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
-    remove_abandoned(folder)
-    made = 0
-    for samples in list(torch.arange(len(images)).split(batch))[rank::world]:
-        missing = samples[[not place(folder, i).exists() for i in samples.tolist()]]
-        if len(missing):
-            for i, pixels in zip(missing.tolist(), images.draw(missing), strict=True):
-                buffer = io.BytesIO()
-                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
-                write_atomic(place(folder, i), buffer.getvalue())
-        made += len(missing)
-        advance(len(samples))
-    return made
-
-
-def place(folder: Path, sample: int) -> Path:
-    return folder / f"{sample:06d}.png"
 
 
 def compare(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +26,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 SHORT = 128
 """Positions up to which a dense mask is faster on a CPU than many small products."""
+
+BLOCKED = -3e4
+"""Added to a score that does not count. Finite in every type, as -inf is not in a product with zero."""
 
 CHUNK = 1 << 21
 """Scores held at a time, while a CPU goes through a group."""
@@ -42,8 +46,8 @@ def masked(mask_LL: Tensor) -> Attend:
 
 def levels(groups: tuple[int, ...], device: torch.device) -> Tensor:
     """The group of every position: int64 [L]."""
-    index, sizes = torch.arange(len(groups), device=device), torch.tensor(groups, device="cpu")
-    return torch.repeat_interleave(index, sizes.to(device, non_blocking=True), output_size=sum(groups))
+    index = torch.tensor([k for k, n in enumerate(groups) for _ in range(n)], device="cpu")
+    return index.to(device, non_blocking=True)
 
 
 def group_mask(groups: tuple[int, ...], device: torch.device) -> Tensor:
@@ -54,12 +58,33 @@ def group_mask(groups: tuple[int, ...], device: torch.device) -> Tensor:
 
 def grouped(groups: tuple[int, ...], device: torch.device) -> Attend:
     """The student's rule in the form that is fastest for these groups (the condition being the first) and device."""
+    if torch.compiler.is_exporting():
+        return biased(groups, device)
     single = all(n == 1 for n in groups)
     if device.type == "cuda":
         return causal if single else _flex(groups, device)
     if sum(groups) <= SHORT:
         return _dense(groups, device)
     return causal if single else _by_groups(groups)
+
+
+def biased(groups: tuple[int, ...], device: torch.device) -> Attend:
+    """The student's rule as numbers added to scores, in plain products: for exported graphs, whose runtimes fuse them.
+
+    Fixed widths, a mask of numbers and one product for the scale are what runtimes recognise as attention.
+    """
+    level = np.repeat(np.arange(len(groups)), groups)
+    seen = (level[:, None] > level[None, :]) | np.eye(len(level), dtype=bool)
+    hidden = torch.tensor(np.where(seen, 0, BLOCKED), dtype=torch.float32, device=device)  # a constant of the graph
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        copies = q.shape[1] // k.shape[1]
+        k, v = (t if copies == 1 else t.repeat_interleave(copies, dim=1) for t in (k, v))
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        scores = (q if scale == 1 else q * scale) @ k.transpose(-1, -2) + hidden.to(v.dtype)
+        return scores.softmax(-1) @ v
+
+    return attend
 
 
 @cache

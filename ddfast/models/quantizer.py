@@ -53,7 +53,12 @@ class MultiScaleQuantizer(nn.Module):
         share_phi: number of residual convolutions shared among the scales.
         quant_resi: their mixing ratio.
         phi_kernel: their kernel size.
+
+    Attributes:
+        by_matrices: see :meth:`resample_by_matrices`.
     """
+
+    by_matrices = False
 
     def __init__(
         self,
@@ -83,10 +88,23 @@ class MultiScaleQuantizer(nn.Module):
         """Zeros [B, C, h, w] in the codebook's dtype and device: the reconstruction before any token."""
         return self.codebook.new_zeros(batch, self.channels, self.side, self.side)
 
+    def resample_by_matrices(self) -> None:
+        """From here on :meth:`residual` upsamples by the constants of :meth:`matrices`: what exported graphs hold.
+
+        Bicubic resampling between fixed sizes is linear; a product rounds less, and runtimes need no kernel for it.
+        """
+        for scale in range(len(self.patch_nums) - 1):
+            self.register_buffer(f"up_{scale}", self.matrices(scale)[0], persistent=False)
+        self.by_matrices = True
+
     def residual(self, scale: int, h_BnC: Tensor) -> Tensor:
         """What the embeddings [B, n, C] of one scale add to the reconstruction: [B, C, h, w]."""
         last = len(self.patch_nums) - 1
         pn = self.patch_nums[scale]
+        if scale != last and self.by_matrices:
+            h_BSC = self.get_buffer(f"up_{scale}") @ h_BnC
+            h_BChw = h_BSC.transpose(1, 2).unflatten(2, (self.side, self.side))
+            return self.quant_resi.apply_scale(h_BChw, scale, len(self.patch_nums))
         h_BChw = h_BnC.transpose(1, 2).unflatten(2, (pn, pn))
         if scale != last:
             h_BChw = F.interpolate(h_BChw, size=(self.side, self.side), mode="bicubic")

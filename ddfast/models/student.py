@@ -30,7 +30,9 @@ NEW_STD = 0.02  # of what the teacher does not have
 
 def add_n_d_embed(x_BTD: Tensor, known_BT: Tensor, rows_2D: Tensor) -> Tensor:
     """``x`` and the noise/data embedding: row 1 at positions that hold data, row 0 at those of noise. A product with
-    one-hot vectors, whose gradient is one too, in float32 under autocast."""
+    one-hot vectors, whose gradient is one too, in float32 under autocast. An exported graph picks the rows instead."""
+    if torch.compiler.is_exporting():
+        return x_BTD + F.embedding(known_BT, rows_2D)
     device = x_BTD.device.type
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         choice = F.one_hot(known_BT, 2).to(x_BTD.dtype).expand(len(x_BTD), -1, -1)
@@ -129,9 +131,11 @@ class Student(nn.Module, ABC):
 
         ``length`` tokens in place of all L.
         """
-        starts = torch.tensor(self.starts(), device="cpu").to(device, non_blocking=True)
-        first_noise = starts[t].reshape(-1, 1)
-        last = self.num_tokens if length is None else length
+        starts, last = self.starts(), self.num_tokens if length is None else length
+        if isinstance(t, int):
+            known = 1 + starts[t]
+            return torch.tensor([[1] * known + [0] * (1 + last - known)], device="cpu").to(device, non_blocking=True)
+        first_noise = torch.tensor(starts, device="cpu").to(device, non_blocking=True)[t].reshape(-1, 1)
         return (torch.arange(-1, last, device=device) < first_noise).long()
 
     def run_blocks(self, run: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> Tensor:
@@ -158,11 +162,11 @@ class Student(nn.Module, ABC):
         h = self.hidden(x, self.known(t, x.device), cond)
         return self.embeddings(h, cond), self.logits(h, cond)
 
-    @torch.inference_mode()
     def predict(
         self, labels: Tensor, x: Tensor, t: int, codebook: Tensor, split: int, stop: int | None = None
     ) -> Tensor:
-        """One step: the whole image, or its first groups, each head run only where it is read.
+        """One step: the whole image, or its first groups, each head run only where it is read. Nothing in it keeps
+        torch.export from tracing it.
 
         Args:
             labels: int64 [B].
@@ -183,12 +187,12 @@ class Student(nn.Module, ABC):
         first, middle, length = starts[t], starts[min(max(t, split), last)], starts[last]
         x, cond = x[:, :length], self.cond(labels)
         h = self.hidden(x.to(cond.dtype), self.known(t, x.device, length), cond)
-        out = x.clone()
+        parts = [x[:, :first]]
         if middle > first:
-            out[:, first:middle] = codebook[self.logits(h[:, first:middle], cond).argmax(-1)].to(out.dtype)
+            parts.append(F.embedding(self.logits(h[:, first:middle], cond).argmax(-1), codebook).to(x.dtype))
         if middle < length:
-            out[:, middle:] = self.embeddings(h[:, middle:], cond).to(out.dtype)
-        return out
+            parts.append(self.embeddings(h[:, middle:], cond).to(x.dtype))
+        return torch.cat(parts, dim=1)
 
     def check_timestep(self, t: int) -> None:
         """Raise UserError for a timestep that is no group."""

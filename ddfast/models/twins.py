@@ -45,7 +45,12 @@ def rotated_heads(qkv_RnHd: Tensor, heads: int, rope_nd2: Tensor) -> tuple[Tenso
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    """[..., d] to 1 / |x| [..., 1], which then takes one product: cheaper than F.normalize and its gradient."""
+    """[..., d] to 1 / |x| [..., 1], which then takes one product: cheaper than F.normalize and its gradient.
+
+    In float16, whose squares end at 65,504 and vanish below 2e-4, sums are float32.
+    """
+    if x.dtype == torch.float16:
+        return inverse_norms(x.float()).half()
     return x.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
 
 

@@ -176,7 +176,7 @@ class Examiner:
 
     def images(self, sampler: Sampler, plan: Plan, num: int, seed: int) -> SampledImages:
         classes = tuple(range(sampler.num_classes))
-        return SampledImages(sampler, plan, classes, num, self.settings.seed + seed, {})
+        return SampledImages(classes, num, self.settings.seed + seed, {}, sampler, plan)
 
     def _measure(self, stage: str, images: SampledImages) -> Measured:
         def advance(done: int) -> None:

@@ -1,0 +1,152 @@
+"""``ddfast export``: a student as ONNX, an engine, or a package for another runtime."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import UserError
+from ..export.build import LAYOUTS, MIN_AGREEMENT, TARGETS, Job, check, export_student, layouts_of, target_module
+from ..export.manifest import Batch, Manifest
+from ..models import load_student
+from .models import SEED
+from .pairs import choose_device
+from .train import parse_timesteps
+
+DESCRIPTION = """\
+Write a student and its decoder as one graph: class and noise in, pixels out. The noise/data mask of every timestep, the
+resampling of the tokenizer and the choice of heads are baked in; --steps 2 unrolls two forward passes (Alg. 3).
+
+  onnx           label int64 [B], noise float32 [B, L, C] -> image float32 [B, 3, H, W] in [0, 1]; runs in onnxruntime
+  tensorrt       an engine for this NVIDIA GPU (TensorRT 11); with --script, the commands that build it elsewhere
+  tensorrt-rtx   an engine for RTX GPUs, built without one
+  openvino       the fastest on CPUs: a float32 trunk, a bfloat16 decoder
+  aoti           a compiled package for C++ and Python (AOTInductor)
+  triton-server  a model repository that NVIDIA's Triton Inference Server loads as it is
+
+Every export ends by running it: its tokens and pixels are compared with those of torch, and what was found is written
+to manifest.json. Too few equal tokens (--min-agreement) fail, and leave nothing behind. `ddfast run` draws images with
+the folder, `ddfast bench` times it, `ddfast eval` measures its images."""
+
+EPILOG = """\
+examples:
+  ddfast export --student runs/digits-var --to onnx --out engine/
+  ddfast export --student runs/digits-var --to onnx --precision fp16 --steps 2 --out two-steps/
+  ddfast export --student runs/digits-var --to onnx --noise-in-graph --batches 4 --out seeded/
+  ddfast export --student runs/digits-var --to openvino --out cpu/
+  ddfast export --student var-dd-d16 --weights var-d16.pth --tokenizer vae_ch160v4096z32.pth \\
+    --to tensorrt --precision fp16 --batches 1,8,64 --out engine/
+  ddfast export --student runs/digits-var --to tensorrt --script --out build-there/    # needs no GPU
+  ddfast run engine/ --classes 3,7 --seed 0 --out grid.png
+"""
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="a student as ONNX, TensorRT, OpenVINO, AOTInductor or a Triton server's model",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    who = parser.add_argument_group("what is exported")
+    who.add_argument(
+        "--student",
+        required=True,
+        metavar="NAME|DIR|FILE",
+        help="a student of `ddfast info`, a run of `ddfast train`, or a file",
+    )
+    who.add_argument("--weights", type=Path, metavar="FILE", help="its released checkpoint, if not in a weight folder")
+    who.add_argument("--tokenizer", type=Path, metavar="FILE", help="its tokenizer's checkpoint, likewise")
+    who.add_argument(
+        "--copy", choices=["ema", "raw"], default="ema", help="its moving average (default) or raw weights"
+    )
+    steps = who.add_mutually_exclusive_group()
+    steps.add_argument("--steps", type=int, metavar="N", help="its first N timesteps, unrolled (default: 1)")
+    steps.add_argument("--timesteps", metavar="LIST", help="these groups as timesteps, e.g. 0,5")
+    graph = parser.add_argument_group("the graph")
+    graph.add_argument("--to", required=True, choices=list(TARGETS), metavar="TARGET", help=", ".join(TARGETS))
+    graph.add_argument(
+        "--precision",
+        choices=list(MIN_AGREEMENT),
+        metavar="P",
+        help="fp32, fp16, bf16, int8 (weights only), fp8, or mixed (fp32 trunk, bf16 decoder); the first of a target's "
+        "by default: fp32, for openvino mixed, for tensorrt fp16",
+    )
+    graph.add_argument(
+        "--layout", choices=LAYOUTS, help="one graph (whole), or trunk and decoder in files of their own (pair)"
+    )
+    graph.add_argument(
+        "--batches",
+        metavar="LIST",
+        help="least, best and most images at once, e.g. 1,8,64 (default); one number fixes the batch",
+    )
+    graph.add_argument(
+        "--noise-in-graph",
+        action="store_true",
+        help="take seed int64 [1] and sample int64 [B] in place of noise: the graph makes the noise of that pair",
+    )
+    parity = parser.add_argument_group("comparison with torch")
+    parity.add_argument(
+        "--min-agreement", type=float, metavar="A", help="least share of equal tokens, 0 to 1 (default: by precision)"
+    )
+    parity.add_argument("--parity-images", type=int, default=16, metavar="N", help="images compared (default: 16)")
+    parity.add_argument("--seed", type=int, default=SEED, help=f"of their noise (default: {SEED})")
+    parity.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N: where torch and the export run")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console(stderr=True)
+    module = target_module(args.to)
+    job = Job(
+        load_student(args.student, args.weights, args.tokenizer, copy=args.copy, device=choose_device(args.device)),
+        args.to,
+        args.precision or module.PRECISIONS[0],
+        (),
+        batch=Batch() if args.batches is None else parse_batches(args.batches),
+        layout=args.layout or layouts_of(args.to)[0],
+        seeded=args.noise_in_graph,
+        progress=lambda what: console.print(f"{args.student}: {what}", highlight=False, markup=False),
+    )
+    job.timesteps = chosen_timesteps(args, job.model.timesteps, job.model.name)
+    if args.min_agreement is not None and not 0 <= args.min_agreement <= 1:
+        raise UserError(f"--min-agreement is {args.min_agreement}; it must lie in [0, 1]")
+    check(job)
+    print_manifest(args.out, export_student(job, args.out, args.min_agreement, args.parity_images, args.seed))
+    return 0
+
+
+def chosen_timesteps(args: argparse.Namespace, trained: tuple[int, ...], name: str) -> tuple[int, ...]:
+    if args.timesteps is not None:
+        return parse_timesteps(args.timesteps)
+    steps = 1 if args.steps is None else args.steps
+    if not 1 <= steps <= len(trained):
+        listed = ",".join(map(str, trained))
+        raise UserError(f"--steps is {steps}; {name} was trained on the timesteps {listed}: use 1 to {len(trained)}")
+    return trained[:steps]
+
+
+def parse_batches(text: str) -> Batch:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) not in (1, 3) or not all(part.isdecimal() for part in parts):
+        raise UserError(f"--batches {text!r} is neither a number of images nor three like 1,8,64")
+    numbers = [int(part) for part in parts]
+    return Batch(*numbers) if len(numbers) == 3 else Batch(numbers[0], numbers[0], numbers[0])
+
+
+def print_manifest(out: Path, manifest: Manifest) -> None:
+    size = sum(facts["bytes"] for facts in manifest.files.values())
+    precision = ", ".join(f"{stage} {p}" for stage, p in manifest.precision.items())
+    print(f"{out}: {manifest.target}, {precision}, {size / 1e6:,.1f} MB")
+    p = manifest.parity
+    if p:
+        alike = f"images with equal tokens within {p['image_error'] or 0:.1e}"
+        print(
+            f"against torch, {p['num']} images by {p['runtime']}: {p['token_agreement']:.2%} of tokens equal, decoder "
+            f"{p['decoder_psnr']:.1f} dB, {alike if p['images_alike'] else 'no image has all tokens equal'}"
+        )

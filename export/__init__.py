@@ -1,0 +1,1 @@
+"""A student outside Python: ONNX, TensorRT, OpenVINO, AOTInductor, and what runs them."""

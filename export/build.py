@@ -1,0 +1,234 @@
+"""From a student to an exported folder: build, compare with torch, publish."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddfast import __version__
+from ddfast.errors import UserError, WorkError
+from ddfast.files import check_writable, fsync_folder
+from ddfast.models import Distilled
+
+from .engine import Engine
+from .graph import Decoder, SeededTrunk, Shapes, Trunk, Whole
+from .manifest import Batch, Manifest, list_files, read_manifest
+from .parity import measure
+
+TARGETS = {
+    "onnx": "onnx",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "openvino": "openvino",
+    "aoti": "aoti",
+    "triton-server": "triton_server",
+}
+"""``--to``, and the module that builds and runs it."""
+
+MIN_AGREEMENT = {"fp32": 0.999, "mixed": 0.999, "fp16": 0.99, "bf16": 0.95, "int8": 0.9, "fp8": 0.9}
+LAYOUTS = ("whole", "pair")
+
+
+@dataclass
+class Job:
+    """One export.
+
+    Attributes:
+        model: the student in float32, with its tokenizer.
+        precision: one of the target's ``PRECISIONS``.
+        timesteps: to unroll.
+        layout: "whole", or "pair": trunk and decoder in files of their own.
+        seeded: make the noise in the graph.
+        folder: where files go.
+        options: the target's own.
+        progress: told what begins.
+        single_file: bytes of weights up to which an ONNX graph holds them itself.
+    """
+
+    model: Distilled
+    target: str
+    precision: str
+    timesteps: tuple[int, ...]
+    batch: Batch = Batch()
+    layout: str = "whole"
+    seeded: bool = False
+    folder: Path = Path()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    progress: Callable[[str], None] = print
+    single_file: int = 1 << 30
+
+    def stages(self, pattern: str) -> dict[str, str]:
+        """File of every stage, e.g. for "{}.onnx"."""
+        names = {"whole": "model"} if self.layout == "whole" else {"trunk": "trunk", "decoder": "decoder"}
+        return {stage: pattern.format(name) for stage, name in names.items()}
+
+    @property
+    def shapes(self) -> Shapes:
+        return Shapes.of(self.model)
+
+    def module(self, stage: str, dtype: torch.dtype) -> nn.Module:
+        """What a stage computes, its weights in ``dtype``, its inputs and outputs in float32 and int64."""
+        decoder = Decoder(self.model, dtype) if stage != "trunk" else nn.Identity()
+        if stage == "decoder":
+            return decoder
+        trunk: nn.Module = Trunk(self.model, self.timesteps, dtype)
+        if self.seeded:
+            trunk = SeededTrunk(trunk, self.shapes)  # type: ignore[arg-type]
+        return trunk if stage == "trunk" else Whole(trunk, decoder)  # type: ignore[arg-type]
+
+    def traced(self, stage: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
+        """A stage's module, ready to be traced, examples of its inputs by name, and names of its outputs."""
+        shapes, batch = self.shapes, self.batch.most if self.batch.fixed else max(2, self.batch.least)
+        noise = torch.zeros(batch, shapes.tokens, shapes.channels)
+        feeds = {"label": torch.zeros(batch, dtype=torch.int64)}
+        if stage == "decoder":
+            feeds = {"embeddings": noise}
+        elif self.seeded:
+            feeds |= {"seed": torch.zeros(1, dtype=torch.int64), "sample": torch.arange(batch)}
+        else:
+            feeds["noise"] = noise
+        outputs = {"trunk": ["embeddings"], "decoder": ["image"], "whole": ["image", "embeddings"]}[stage]
+        return self.module(stage, dtype).cpu().eval().requires_grad_(False), feeds, outputs
+
+    def dynamic_shapes(self, stage: str, feeds: Mapping[str, Tensor]) -> Any:
+        """For torch.export: the batch of all ``feeds`` but the seed is one symbol; None where it is fixed."""
+        if self.batch.fixed:
+            return None
+        symbol = torch.export.Dim("batch", min=self.batch.least, max=self.batch.most)
+        moving = tuple({} if name == "seed" else {0: symbol} for name in feeds)
+        return (moving,) if stage == "whole" else moving
+
+    def manifest(self) -> Manifest:
+        m = self.model
+        student = {"name": m.name, "teacher": m.teacher, "sha256": m.sha256, "tokenizer": m.tokenizer_sha256}
+        target = target_module(self.target)
+        files = getattr(target, "FILES", "{}.onnx")
+        stages = self.stages(files(self) if callable(files) else files)
+        precisions = getattr(target, "precision_of", lambda precision, stage: precision)
+        return Manifest(
+            self.target,
+            {stage: precisions(self.precision, stage) for stage in stages},
+            stages,
+            student | {"split": m.split},
+            self.timesteps,
+            self.batch,
+            self.shapes,
+            self.seeded,
+        )
+
+
+def target_module(name: str) -> ModuleType:
+    return importlib.import_module(f".{TARGETS[name]}", __package__)
+
+
+def layouts_of(target: str) -> tuple[str, ...]:
+    """What ``--layout`` may be, the default first."""
+    return getattr(target_module(target), "LAYOUTS", LAYOUTS)
+
+
+def check_packages(target: str) -> None:
+    """Raise UserError for a package that ``target`` needs and is not installed."""
+    module = target_module(target)
+    missing = [name for name in module.PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{target} needs {', '.join(missing)}: pip install 'ddfast[{module.EXTRA}]'")
+
+
+def check(job: Job) -> None:
+    """Raise UserError for what cannot be exported, before work starts."""
+    if job.target not in TARGETS:
+        raise UserError(f"no target is called {job.target!r}; use {', '.join(TARGETS)}")
+    check_packages(job.target)
+    module = target_module(job.target)
+    if job.precision not in module.PRECISIONS:
+        raise UserError(f"{job.target} has no precision {job.precision}; use {', '.join(module.PRECISIONS)}")
+    if job.layout not in layouts_of(job.target):
+        raise UserError(f"{job.target} has no layout {job.layout!r}; use {' or '.join(layouts_of(job.target))}")
+    job.model.student.check_timesteps(job.timesteps)
+    if hasattr(module, "check"):
+        module.check(job)
+
+
+def export_student(job: Job, out: Path, min_agreement: float | None = None, num: int = 16, seed: int = 1) -> Manifest:
+    """Build ``job``, measure it against torch, and publish it as the folder ``out``: whole or not at all.
+
+    Args:
+        job: its ``folder`` is set here.
+        out: must not hold anything yet.
+        min_agreement: least share of equal tokens; by default what the precision usually holds (``MIN_AGREEMENT``).
+        num, seed: images compared, on the model's device where the export runs there.
+
+    Raises:
+        UserError: see :func:`check`; something is at ``out``.
+        WorkError: too few tokens agree, or the outcome is broken; nothing is left at ``out``.
+    """
+    check(job)
+    check_writable(out.parent)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; remove it, or choose another --out")
+    if num < 1:
+        raise UserError(f"{num} images cannot be compared; use at least 1")
+    least = MIN_AGREEMENT[job.precision] if min_agreement is None else min_agreement
+    module = target_module(job.target)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    job.folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+    job.folder.mkdir()
+    try:
+        built = {"ddfast": __version__} | module.build(job)
+        manifest = replace(job.manifest(), built=built)
+        job.progress("parity with torch")
+        stand_in = module.stand_in(job, manifest) if hasattr(module, "stand_in") else None
+        engine = stand_in or open_stages(job.folder, manifest, usual_device(manifest))
+        found = measure(engine, job.model, num, seed) | {"runtime": engine.runtime, "min_agreement": least}
+        manifest = replace(manifest, parity=found)
+        if found["token_agreement"] < least:
+            raise WorkError(
+                f"only {found['token_agreement']:.2%} of the exported tokens are torch's, below --min-agreement "
+                f"{least:g}; use a wider --precision, or lower it"
+            )
+        if hasattr(module, "seal"):
+            module.seal(job.folder, manifest)
+        manifest = replace(manifest, files=list_files(job.folder))
+        manifest.write(job.folder)
+        os.replace(job.folder, out)
+        fsync_folder(out.parent)
+    finally:
+        shutil.rmtree(job.folder, ignore_errors=True)
+    return manifest
+
+
+def usual_device(manifest: Manifest) -> torch.device:
+    """Where a folder runs unless told otherwise."""
+    module = target_module(manifest.target)
+    return torch.device(module.usual_device(manifest) if hasattr(module, "usual_device") else "cpu")
+
+
+def open_stages(folder: Path, manifest: Manifest, device: torch.device) -> Engine:
+    module = target_module(manifest.target)
+    opened = {name: module.open_stage(folder / file, name, manifest, device) for name, file in manifest.stages.items()}
+    return Engine(manifest, opened)
+
+
+def open_engine(folder: Path | str, device: torch.device | str = "auto") -> Engine:
+    """An exported folder, ready to run; "auto" is the device that it was built for.
+
+    Raises:
+        UserError: see :func:`read_manifest`; a package that is missing; a GPU that is not the engine's.
+    """
+    manifest = read_manifest(Path(folder))
+    if manifest.target not in TARGETS:
+        raise UserError(f"{folder} is for {manifest.target}, which this version does not know")
+    check_packages(manifest.target)
+    chosen = usual_device(manifest) if device == "auto" else torch.device(device)
+    return open_stages(Path(folder), manifest, chosen)

@@ -1,0 +1,192 @@
+"""ONNX by torch's exporter, and onnxruntime to run it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ddfast.errors import UserError, WorkError
+
+from .engine import Engine, Stage, Tensors
+from .manifest import Manifest
+
+if TYPE_CHECKING:
+    from .build import Job
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+EXTRA = "export"
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}  # bfloat16 convolutions come with 22
+SINGLE_FILE = 1 << 30
+"""Bytes of weights up to which they go into the model's own file; protobuf ends at 2 GB."""
+
+
+def build(job: Job) -> dict[str, Any]:
+    """Write a graph for each stage of ``job``; returns what it was built with."""
+    for stage, name in job.stages("{}.onnx").items():
+        job.progress(f"{stage} to ONNX")
+        export_stage(job, stage, job.folder / name, job.precision)
+    return {"opset": OPSETS[job.precision]} | versions()
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "onnx", "onnxscript")}
+
+
+def export_stage(job: Job, stage: str, path: Path, precision: str, change: Callable[[Any], None] | None = None) -> None:
+    """One stage as a checked ONNX file, its weights beside it as ``NAME.onnx.data`` where they are large.
+
+    A whole graph says its embeddings too, until :func:`seal`. ``change`` is given the ``onnx_ir.Model`` before it is
+    saved.
+
+    Raises:
+        WorkError: the exporter fixed the batch although it may vary.
+    """
+    import onnx
+
+    module, feeds, outputs = job.traced(stage, DTYPES[precision])
+    with quiet():
+        program = torch.onnx.export(
+            module,
+            tuple(feeds.values()),
+            dynamo=True,
+            input_names=list(feeds),
+            output_names=outputs,
+            opset_version=OPSETS[precision],
+            dynamic_shapes=job.dynamic_shapes(stage, feeds),
+            verbose=False,
+        )
+    assert program is not None
+    model: Any = program.model
+    model.metadata_props["ddfast"] = f"{stage} of {job.model.name}, {precision}"
+    if not job.batch.fixed and any(isinstance(value.shape[0], int) for value in model.graph.outputs):
+        raise WorkError(f"the exporter made the batch of the {stage} a constant")
+    if precision == "int8":
+        from .int8 import quantize_weights
+
+        quantize_weights(model)
+    if change is not None:
+        change(model)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    program.save(str(path), external_data=size > job.single_file)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's notes about itself."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Leave a whole graph its one output, the image."""
+    import onnx
+
+    if "whole" not in manifest.stages:
+        return
+    path = folder / manifest.stages["whole"]
+    model = onnx.load(str(path), load_external_data=False)
+    extra = next(value for value in model.graph.output if value.name == "embeddings")
+    model.graph.output.remove(extra)
+    path.write_bytes(model.SerializeToString())
+
+
+def stand_in(job: Job, manifest: Manifest) -> Engine | None:
+    """What was traced, in torch, to compare where the graph itself cannot run: bfloat16 on a CPU."""
+    if job.precision != "bf16" or usual_device(manifest) != "cpu":
+        return None
+    return Engine(manifest, {stage: TracedStage(job, stage) for stage in manifest.stages})
+
+
+class TracedStage(Stage):
+    """The module that a graph was traced from."""
+
+    def __init__(self, job: Job, stage: str) -> None:
+        self.module, feeds, self.outputs = job.traced(stage, DTYPES[job.precision])
+        self.inputs = list(feeds)
+        self.runtime = f"torch {torch.__version__} in place of onnxruntime, which has no {job.precision} here"
+
+    @torch.inference_mode()
+    def __call__(self, feeds: Tensors) -> Tensors:
+        values = self.module(*(feeds[name] for name in self.inputs))
+        return dict(zip(self.outputs, values if isinstance(values, tuple) else (values,), strict=True))
+
+
+def usual_device(manifest: Manifest) -> str:
+    import onnxruntime as ort
+
+    return "cuda" if torch.cuda.is_available() and "CUDAExecutionProvider" in ort.get_available_providers() else "cpu"
+
+
+def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device) -> Stage:
+    return OnnxStage(path, manifest.precision[stage], device)
+
+
+class OnnxStage(Stage):
+    """A graph in onnxruntime; on a GPU its inputs and outputs stay there."""
+
+    def __init__(self, path: Path, precision: str, device: torch.device) -> None:
+        import onnxruntime as ort
+
+        cuda = device.type == "cuda"
+        if cuda and "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise UserError(
+                "this onnxruntime has no CUDA: pip install onnxruntime-gpu in its place, or use --device cpu"
+            )
+        if precision == "bf16" and not cuda:
+            raise UserError("onnxruntime has no bfloat16 on a CPU; export with --precision fp32, or --to openvino")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if precision == "fp8":  # its fusions of Q/DQ make products of integers, which fp8 is not
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.intra_op_num_threads = torch.get_num_threads()
+        provider = ("CUDAExecutionProvider", {"device_id": str(device.index or 0)}) if cuda else "CPUExecutionProvider"
+        self.session = ort.InferenceSession(str(path), options, providers=[provider])
+        if cuda and self.session.get_providers()[0] != "CUDAExecutionProvider":
+            raise UserError("onnxruntime could not start CUDA on this GPU; see its message above, or use --device cpu")
+        self.runtime = f"onnxruntime {ort.__version__}, {'CUDA' if cuda else 'CPU'}"
+        self.device = device
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.outputs = [value.name for value in self.session.get_outputs()]
+
+    def __call__(self, feeds: Tensors) -> Tensors:
+        if self.device.type == "cpu":
+            values = self.session.run(self.outputs, {name: feeds[name].numpy() for name in self.inputs})
+            return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}
+        return self.on_gpu(feeds)
+
+    def on_gpu(self, feeds: Tensors) -> Tensors:
+        binding = self.session.io_binding()
+        index = self.device.index or 0
+        feeds = {name: feeds[name].contiguous() for name in self.inputs}
+        for name, value in feeds.items():
+            kind = np.int64 if value.dtype == torch.int64 else np.float32
+            binding.bind_input(name, "cuda", index, kind, list(value.shape), value.data_ptr())
+        for name in self.outputs:
+            binding.bind_output(name, "cuda", index)
+        torch.cuda.current_stream(self.device).synchronize()
+        self.session.run_with_iobinding(binding)
+        values = binding.get_outputs()
+        return {
+            name: torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())
+            for name, value in zip(self.outputs, values, strict=True)
+        }
