@@ -99,22 +99,13 @@ def compile_stage(job: Job, stage: str, path: Path, device: torch.device) -> Non
         program = torch.export.export(
             module,
             tuple(value.to(device) for value in feeds.values()),
-            dynamic_shapes=moving_shapes(job, stage, feeds),
+            dynamic_shapes=job.dynamic_shapes(stage, feeds),
         )
         try:
             with fresh_cache(dir=str(job.folder.resolve())):
                 aoti_compile_and_package(program, package_path=str(path), inductor_configs=chosen)
         except CppCompileError as error:
             raise WorkError(f"the C++ compiler refused what AOTInductor wrote: {str(error)[-1000:]}") from error
-
-
-def moving_shapes(job: Job, stage: str, feeds: Tensors) -> Any:
-    """Which dims of a stage's inputs may vary, as torch.export is told it; None for a fixed batch."""
-    if job.batch.fixed:
-        return None
-    symbol = torch.export.Dim("batch", min=job.batch.least, max=job.batch.most)
-    each = tuple({} if name == "seed" else {0: symbol} for name in feeds)
-    return (each,) if stage == "whole" else each  # a whole graph's forward takes *inputs
 
 
 def options() -> dict[str, Any]:

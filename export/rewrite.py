@@ -42,8 +42,10 @@ def _doubles(node: Any) -> bool:
     sides = [(before[axis], after[axis]) for axis in (2, 3)]
     fixed = len(before) == 4 and all(a.is_static and b.is_static for a, b in sides)
     kinds = (plan["mode"], plan["coordinate_transformation_mode"], plan["nearest_mode"])
-    return fixed and kinds == ("nearest", "asymmetric", "floor") and all(
-        2 * a.get_length() == b.get_length() for a, b in sides
+    return (
+        fixed
+        and kinds == ("nearest", "asymmetric", "floor")
+        and all(2 * a.get_length() == b.get_length() for a, b in sides)
     )
 
 
