@@ -1,4 +1,4 @@
-"""Tests marked gpu, every operation against its ceiling and plain torch, then pairs, training, sampling: ``make gpu``.
+"""Tests marked gpu, every operation against its ceiling and plain torch, then whole programs: ``make gpu``.
 
 Needs torch for CUDA, Triton and pytest; no network. Writes benches/results/gpu-NAME.json after each figure, prints a
 table last, and exits with 1 if a test or a case failed, after all the others. Times are medians (the JSON has p20 and
@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_export
 import gpu_pairs
 import gpu_sample
 import gpu_train
@@ -41,11 +42,16 @@ from gpu_cases import Case, Ceilings, Clock, all_cases, measure_case, measure_ce
 from ddfast import _native
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("tests", "benches", "pairs", "train", "sample", "tune")
+STAGES = ("tests", "benches", "pairs", "train", "sample", "export", "tune")
 OUT_OF_TIME = "out of time"
 _TEST_SECONDS, _CASE_SECONDS = 180, 90  # the most that all tests, and one case, may take
-_KEPT = {"pairs": 110, "train": 80, "sample": 60}  # seconds that the stages before leave to these
-_WHOLE: dict[str, Any] = {"pairs": gpu_pairs, "train": gpu_train, "sample": gpu_sample}  # stages of whole programs
+_KEPT = {"pairs": 100, "train": 70, "sample": 50, "export": 60}  # seconds that the stages before leave to these
+_WHOLE: dict[str, Any] = {
+    "pairs": gpu_pairs,
+    "train": gpu_train,
+    "sample": gpu_sample,
+    "export": gpu_export,
+}  # stages of whole programs
 _SHOWN = 40  # failures in the table
 _BROKEN = 3  # exit status of a process in which the device takes no more work
 
@@ -265,7 +271,13 @@ def report_cases(
 
 def whole_cases(stage: str) -> list[Any]:
     """The cases of a stage of _WHOLE."""
-    return {"pairs": gpu_pairs.pair_cases, "train": gpu_train.train_cases, "sample": gpu_sample.sample_cases}[stage]()
+    cases: dict[str, Any] = {
+        "pairs": gpu_pairs.pair_cases,
+        "train": gpu_train.train_cases,
+        "sample": gpu_sample.sample_cases,
+        "export": gpu_export.export_cases,
+    }
+    return list(cases[stage]())
 
 
 def write_line(path: str, row: Figures, shown: Callable[[Figures], str]) -> None:
@@ -291,9 +303,8 @@ def line(row: Figures) -> str:
 
 def tune_one(problem: Figures) -> Figures:
     """The fastest configuration for a problem of TUNED, as an entry of kernels/configs.json."""
-    from ddfast.kernels.tune import tune
-
     from ddfast.flow import LogitFilter
+    from ddfast.kernels.tune import tune
 
     arguments = dict(problem)
     if "filter" in arguments:

@@ -38,6 +38,7 @@ TARGETS = {
 
 MIN_AGREEMENT = {"fp32": 0.999, "mixed": 0.999, "fp16": 0.99, "bf16": 0.95, "int8": 0.9, "fp8": 0.9}
 LAYOUTS = ("whole", "pair")
+PARITY_TOKENS = 2048
 
 
 @dataclass
@@ -160,14 +161,16 @@ def check(job: Job) -> None:
         module.check(job)
 
 
-def export_student(job: Job, out: Path, min_agreement: float | None = None, num: int = 16, seed: int = 1) -> Manifest:
+def export_student(
+    job: Job, out: Path, min_agreement: float | None = None, num: int | None = None, seed: int = 1
+) -> Manifest:
     """Build ``job``, measure it against torch, and publish it as the folder ``out``: whole or not at all.
 
     Args:
         job: its ``folder`` is set here.
         out: must not hold anything yet.
         min_agreement: least share of equal tokens; by default what the precision usually holds (``MIN_AGREEMENT``).
-        num, seed: images compared, on the model's device where the export runs there.
+        num, seed: images compared, by default as many as have ``PARITY_TOKENS``, 2 to 64.
 
     Raises:
         UserError: see :func:`check`; something is at ``out``.
@@ -177,6 +180,8 @@ def export_student(job: Job, out: Path, min_agreement: float | None = None, num:
     check_writable(out.parent)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; remove it, or choose another --out")
+    if num is None:
+        num = min(max(PARITY_TOKENS // job.shapes.tokens, 2), 64)
     if num < 1:
         raise UserError(f"{num} images cannot be compared; use at least 1")
     least = MIN_AGREEMENT[job.precision] if min_agreement is None else min_agreement

@@ -55,7 +55,8 @@ class Engine:
 
     @property
     def runtime(self) -> str:
-        return self.first.runtime
+        """What runs it; of a pair that is run in two ways, both."""
+        return " and ".join(dict.fromkeys(stage.runtime for stage in self.stages.values()))
 
     @property
     def device(self) -> torch.device:

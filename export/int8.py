@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-SMALLEST = 1 << 12
+SMALLEST = 1 << 10
 """Weights with fewer elements stay as they are."""
 
 

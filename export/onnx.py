@@ -67,6 +67,7 @@ def export_stage(job: Job, stage: str, path: Path, precision: str, change: Calla
         )
     assert program is not None
     model: Any = program.model
+    forget_tracing(model)
     model.metadata_props["ddfast"] = f"{stage} of {job.model.name}, {precision}"
     if not job.batch.fixed and any(isinstance(value.shape[0], int) for value in model.graph.outputs):
         raise WorkError(f"the exporter made the batch of the {stage} a constant")
@@ -79,6 +80,20 @@ def export_stage(job: Job, stage: str, path: Path, precision: str, change: Calla
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     program.save(str(path), external_data=size > job.single_file)
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def forget_tracing(model: Any) -> None:
+    """Drop what the exporter notes of every node: stack traces, with the paths of this machine."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+        for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):
+            value.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 @contextmanager
@@ -114,16 +129,18 @@ def stand_in(job: Job, manifest: Manifest) -> Engine | None:
     """What was traced, in torch, to compare where the graph itself cannot run: bfloat16 on a CPU."""
     if job.precision != "bf16" or usual_device(manifest) != "cpu":
         return None
-    return Engine(manifest, {stage: TracedStage(job, stage) for stage in manifest.stages})
+    stages = {stage: TracedStage(job, stage, job.precision) for stage in manifest.stages}
+    for stage in stages.values():
+        stage.runtime += ", in place of onnxruntime, which has no bf16 there"
+    return Engine(manifest, stages)
 
 
 class TracedStage(Stage):
-    """The module that a graph was traced from."""
+    """The module that a graph was traced from, in torch."""
 
-    def __init__(self, job: Job, stage: str) -> None:
-        self.module, feeds, self.outputs = job.traced(stage, DTYPES[job.precision])
-        self.inputs = list(feeds)
-        self.runtime = f"torch {torch.__version__} in place of onnxruntime, which has no {job.precision} here"
+    def __init__(self, job: Job, stage: str, precision: str) -> None:
+        self.module, feeds, self.outputs = job.traced(stage, DTYPES[precision])
+        self.inputs, self.runtime = list(feeds), f"torch {torch.__version__}, CPU, {precision}"
 
     @torch.inference_mode()
     def __call__(self, feeds: Tensors) -> Tensors:

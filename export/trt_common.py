@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddfast.errors import UserError, WorkError
 from ddfast.files import write_atomic
@@ -310,29 +310,15 @@ class EngineStage(Stage):
 # In place of an engine that cannot run here
 
 
-class TorchStage(Stage):
-    """A stage's module in torch, in the precision that it is exported in."""
-
-    def __init__(self, job: Job, stage: str, dtype: torch.dtype) -> None:
-        module, feeds, self.outputs = job.traced(stage, dtype)
-        self.module: nn.Module = module
-        self.inputs, self.runtime = list(feeds), f"torch {torch.__version__}, CPU, {dtype}"
-
-    @torch.inference_mode()
-    def __call__(self, feeds: Tensors) -> Tensors:
-        found = self.module(*[feeds[name] for name in self.inputs])
-        return dict(zip(self.outputs, found if isinstance(found, tuple) else (found,), strict=True))
-
-
 def graph_engine(job: Job, manifest: Manifest, graphs: Mapping[str, Path]) -> Engine:
     """The graphs that an engine is built from, by onnxruntime on the CPU; bfloat16, which it has not, by torch."""
-    from .onnx import DTYPES, OnnxStage
+    from .onnx import OnnxStage, TracedStage
 
     def opened(stage: str, path: Path) -> Stage:
-        precision, cpu = manifest.precision[stage], torch.device("cpu")
+        precision = manifest.precision[stage]
         if precision == "bf16":
-            return TorchStage(job, stage, DTYPES[precision])
-        return OnnxStage(path, precision, cpu)
+            return TracedStage(job, stage, precision)
+        return OnnxStage(path, precision, torch.device("cpu"))
 
     stages = {stage: opened(stage, path) for stage, path in graphs.items()}
     for stage in stages.values():

@@ -106,6 +106,18 @@ def student_file(teacher: Teacher, bundle: str, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
+def pyramid_student_file(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random student of several scales, where one family is enough."""
+    return tiny_student(tmp_path_factory.mktemp("pyramid") / "student.safetensors", str(bundles["var"]), "var")
+
+
+@pytest.fixture(scope="module")
+def raster_student_file(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random student of the family that is exported fastest, where one family is enough."""
+    return tiny_student(tmp_path_factory.mktemp("raster") / "student.safetensors", str(bundles["llamagen"]), "llamagen")
+
+
+@pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Of a tiny teacher of each family, and of one whose blocks share their modulation: --teacher and --pairs."""
     folder, options = tmp_path_factory.mktemp("inputs"), {}

@@ -442,7 +442,7 @@ def test_a_step_that_does_not_fit_is_tried_in_smaller_parts_and_told(monkeypatch
         gpu_train.measure_case(gpu_train.TrainCase("var-d16", 4), CEILINGS, CPU)
 
 
-@pytest.mark.parametrize("stage", ["pairs", "train", "sample"])
+@pytest.mark.parametrize("stage", ["pairs", "train", "sample", "export"])
 def test_a_program_that_fails_is_told_and_the_next_process_goes_on(
     stage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

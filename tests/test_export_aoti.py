@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+
+from ddfast.errors import UserError
 from ddfast.export import aoti
 from ddfast.export.build import Job, check, export_student, open_engine
 from ddfast.export.manifest import Batch, read_manifest
-from PIL import Image
-from tiny import tiny_student
-
-from ddfast.errors import UserError
 from ddfast.models import Distilled, load_student
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "aoti"
@@ -25,10 +24,9 @@ def job(model: Distilled, precision: str = "fp32", **changes: object) -> Job:
 
 
 @pytest.fixture(scope="module")
-def model(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Distilled:
+def model(raster_student_file: Path) -> Distilled:
     """Of one family: every compilation is slow."""
-    path = tmp_path_factory.mktemp("student") / "student.safetensors"
-    return load_student(tiny_student(path, str(bundles["var"]), "var"))
+    return load_student(raster_student_file)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def exported(model: Distilled, tmp_path_factory: pytest.TempPathFactory) -> Path
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     out = tmp_path_factory.mktemp("aoti") / "out"
-    export_student(job(model, timesteps=(0, 2)), out)
+    export_student(job(model), out)
     return out
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ddfast.export.manifest import Batch, read_manifest
 from PIL import Image
 
 from ddfast.cli import build_parser, main
+from ddfast.export.manifest import Batch, read_manifest
 from ddfast.models import load_student, load_teacher, save_student
 from ddfast.models.checkpoints import load_bundle, make_part
 from ddfast.models.zoo import BUNDLED
@@ -23,10 +23,10 @@ pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
-def folder(student_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(raster_student_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps of a tiny student as ONNX."""
     out = tmp_path_factory.mktemp("exported") / "engine"
-    words = ["export", "--student", str(student_file), "--to", "onnx", "--steps", "2", "--batches", "1,4,8"]
+    words = ["export", "--student", str(raster_student_file), "--to", "onnx", "--steps", "2", "--batches", "1,4,8"]
     assert main([*words, "--parity-images", "4", "--out", str(out)]) == 0
     return out
 
@@ -37,13 +37,20 @@ def test_options_reach_the_manifest(folder: Path) -> None:
     assert manifest.precision == {"whole": "fp32"}
 
 
+def test_a_script_for_another_machine_is_a_folder_too(raster_student_file: Path, tmp_path: Path) -> None:
+    words = ["export", "--student", str(raster_student_file), "--to", "tensorrt", "--script", "--parity-images", "2"]
+    assert main([*words, "--workspace", "2048", "--min-agreement", "0.9", "--out", str(tmp_path / "there")]) == 0
+    assert "workspace:2048" in (tmp_path / "there" / "build.sh").read_text()
+    assert main(["run", str(tmp_path / "there"), "--out", str(tmp_path / "x.png")]) == 2
+
+
 def test_run_draws_what_sample_draws(
-    folder: Path, student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, raster_student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["run", str(folder), "--classes", "3,1", "--num", "5", "--seed", "4"]
     assert main([*words, "--out", str(tmp_path / "x.npz")]) == 0
     assert "5 images, 2 steps" in (said := capsys.readouterr().out) and "by onnxruntime" in said
-    data, model = np.load(tmp_path / "x.npz"), load_student(student_file)
+    data, model = np.load(tmp_path / "x.npz"), load_student(raster_student_file)
     assert data["arr_1"].tolist() == [3, 1, 3, 1, 3]
     sampler = Sampler(model)
     plan = few_step_plan((0, 2), len(model.student.groups))
@@ -96,13 +103,20 @@ def test_eval_measures_an_exported_folder(capsys: pytest.CaptureFixture[str], tm
         ("--to onnx --min-agreement 2", "--min-agreement is 2.0; it must lie in [0, 1]"),
         ("--to onnx --parity-images 0", "0 images cannot be compared"),
         ("--to onnx --device tpu", "--device tpu"),
+        ("--to onnx --script", "--script is for --to tensorrt, not for onnx"),
+        ("--to tensorrt --compute-capabilities 8.9", "--compute-capabilities is for --to tensorrt-rtx"),
+        ("--to tensorrt-rtx --compute-capabilities 9.0", "TensorRT-RTX has no compute capability '9.0'"),
+        ("--to tensorrt --script --workspace 0", "--workspace is 0 MiB"),
+        ("--to triton-server --layout pair", "triton-server has no layout 'pair'; use whole"),
+        ("--to openvino --layout whole", "openvino has no layout 'whole'; use pair"),
+        ("--to aoti --precision fp16", "fp16 on a CPU is slower than fp32"),
     ],
 )
 def test_bad_options_of_export_are_refused(
-    student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+    raster_student_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
 ) -> None:
     out = tmp_path / "out"
-    assert main(["export", "--student", str(student_file), *options.split(), "--out", str(out)]) == 2
+    assert main(["export", "--student", str(raster_student_file), *options.split(), "--out", str(out)]) == 2
     assert message in capsys.readouterr().err and not out.exists()
 
 

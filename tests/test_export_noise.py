@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from ddfast.export.noise import _MULTIPLIERS, _windows, graph_noise
 from torch import Tensor, nn
 
+from ddfast.export.noise import _MULTIPLIERS, _windows, graph_noise
 from ddfast.noise import normal_noise
 
 SEEDS = (0, 1, 2**32 + 5, 2**63 - 1)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+
+from ddfast.errors import UserError
 from ddfast.export import triton_server
 from ddfast.export.build import Job, check, export_student, open_engine
 from ddfast.export.manifest import Batch, read_manifest
-
-from ddfast.errors import UserError
 from ddfast.models import Distilled, load_student
 
 onnx = pytest.importorskip("onnx")

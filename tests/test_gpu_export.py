@@ -9,15 +9,15 @@ from typing import Any
 import gpu_export
 import pytest
 import torch
-from ddfast.export.bench import Latency
-from ddfast.export.build import Job, check, export_student, open_engine
-from ddfast.export.engine import Engine
-from ddfast.export.manifest import Batch
 from engine_helpers import needs_gpu
 from gpu_cases import Ceilings
 from torch import Tensor
 
 from ddfast.errors import UserError
+from ddfast.export.bench import Latency
+from ddfast.export.build import Job, check, export_student, open_engine
+from ddfast.export.engine import Engine
+from ddfast.export.manifest import Batch
 from ddfast.models import load_student
 
 CUDA = torch.device("cuda", 0)

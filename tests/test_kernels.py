@@ -280,9 +280,8 @@ def test_the_recorded_file_is_readable() -> None:
 
 def test_rows_too_long_are_refused() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from ddfast.kernels import configs
-
     from ddfast.errors import UserError
+    from ddfast.kernels import configs
 
     with pytest.raises(UserError, match="at most 131072 logits a row, not 200000"):
         configs.default_filter(200_000)

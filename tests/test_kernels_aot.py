@@ -15,9 +15,10 @@ pytest.importorskip("triton", reason="Triton is not installed (the extra 'triton
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1 leaves nothing to compile", allow_module_level=True)
 
+from triton_helpers import MMA, SHARED_LIMIT, SPILL, compile_kernel  # noqa: E402
+
 from ddfast.kernels import configs, filters, flow, flow_tiles, nearest  # noqa: E402
 from ddfast.kernels.flow_tables import HISTORY  # noqa: E402
-from triton_helpers import MMA, SHARED_LIMIT, SPILL, compile_kernel  # noqa: E402
 
 VAR, LLAMAGEN = (4096, 32), (16384, 8)
 VAR_FILTER = LogitFilter(top_k=900, top_p=0.95)

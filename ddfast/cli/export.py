@@ -31,6 +31,19 @@ Every export ends by running it: its tokens and pixels are compared with those o
 to manifest.json. Too few equal tokens (--min-agreement) fail, and leave nothing behind. `ddfast run` draws images with
 the folder, `ddfast bench` times it, `ddfast eval` measures its images."""
 
+TRT = ("tensorrt", "tensorrt-rtx")
+OPTIONS = {
+    "script": ("tensorrt",),
+    "timing_cache": ("tensorrt",),
+    "workspace": TRT,
+    "compute_capabilities": ("tensorrt-rtx",),
+    "fp8_bar": TRT,
+    "fp8_images": TRT,
+    "backend": ("triton-server",),
+    "instance": ("triton-server",),
+}
+"""Options of single targets, and whose they are."""
+
 EPILOG = """\
 examples:
   ddfast export --student runs/digits-var --to onnx --out engine/
@@ -93,9 +106,36 @@ def add_parser(commands: Any) -> None:
     parity.add_argument(
         "--min-agreement", type=float, metavar="A", help="least share of equal tokens, 0 to 1 (default: by precision)"
     )
-    parity.add_argument("--parity-images", type=int, default=16, metavar="N", help="images compared (default: 16)")
+    parity.add_argument("--parity-images", type=int, metavar="N", help="images compared (default: 2 to 64, by size)")
     parity.add_argument("--seed", type=int, default=SEED, help=f"of their noise (default: {SEED})")
     parity.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N: where torch and the export run")
+    own = parser.add_argument_group("options of one target")
+    own.add_argument(
+        "--script",
+        action="store_true",
+        default=None,
+        help="tensorrt: write the graph and the commands that build its engine on another machine",
+    )
+    own.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="tensorrt: kernels' timings to take and add to (default: in ~/.cache/ddfast, by GPU and version)",
+    )
+    own.add_argument("--workspace", type=int, metavar="MIB", help="TensorRT: most memory of its kernels")
+    own.add_argument(
+        "--compute-capabilities",
+        metavar="LIST",
+        help="tensorrt-rtx: GPUs to build for, e.g. 8.9,12.0 (default: 8.0,8.6,8.9,12.0)",
+    )
+    own.add_argument(
+        "--fp8-bar", type=float, metavar="E", help="TensorRT: largest relative error of an fp8 layer (default: 0.05)"
+    )
+    own.add_argument("--fp8-images", type=int, metavar="N", help="TensorRT: images of fp8's calibration (default: 8)")
+    own.add_argument(
+        "--backend", choices=["onnxruntime", "tensorrt"], help="triton-server: what runs the model (onnxruntime)"
+    )
+    own.add_argument("--instance", choices=["auto", "cpu", "gpu"], help="triton-server: where it runs (auto)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.set_defaults(func=run)
 
@@ -111,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         batch=Batch() if args.batches is None else parse_batches(args.batches),
         layout=args.layout or layouts_of(args.to)[0],
         seeded=args.noise_in_graph,
+        options=chosen_options(args),
         progress=lambda what: console.print(f"{args.student}: {what}", highlight=False, markup=False),
     )
     job.timesteps = chosen_timesteps(args, job.model.timesteps, job.model.name)
@@ -119,6 +160,17 @@ def run(args: argparse.Namespace) -> int:
     check(job)
     print_manifest(args.out, export_student(job, args.out, args.min_agreement, args.parity_images, args.seed))
     return 0
+
+
+def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The target's own. Raises UserError for one that it does not read."""
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    for name in given:
+        if args.to not in OPTIONS[name] and getattr(args, "backend", None) not in OPTIONS[name]:
+            raise UserError(f"--{name.replace('_', '-')} is for --to {' or '.join(OPTIONS[name])}, not for {args.to}")
+    if "compute_capabilities" in given:
+        given["compute_capabilities"] = tuple(part.strip() for part in args.compute_capabilities.split(","))
+    return given
 
 
 def chosen_timesteps(args: argparse.Namespace, trained: tuple[int, ...], name: str) -> tuple[int, ...]:
