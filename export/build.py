@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import secrets
 import shutil
@@ -21,7 +20,7 @@ from ddfast.errors import UserError, WorkError
 from ddfast.files import check_writable, fsync_folder
 from ddfast.models import Distilled
 
-from .engine import Engine
+from .engine import Engine, require
 from .graph import Decoder, SeededTrunk, Shapes, Trunk, Whole
 from .manifest import Batch, Manifest, list_files, read_manifest
 from .parity import measure
@@ -139,11 +138,9 @@ def layouts_of(target: str) -> tuple[str, ...]:
 
 
 def check_packages(target: str) -> None:
-    """Raise UserError for a package that ``target`` needs and is not installed."""
+    """Raise UserError for packages that exporting to ``target`` needs and that are not installed."""
     module = target_module(target)
-    missing = [name for name in module.PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{target} needs {', '.join(missing)}: pip install 'ddfast[{module.EXTRA}]'")
+    require(module.EXTRA, *module.PACKAGES)
 
 
 def check(job: Job) -> None:
@@ -234,6 +231,5 @@ def open_engine(folder: Path | str, device: torch.device | str = "auto") -> Engi
     manifest = read_manifest(Path(folder))
     if manifest.target not in TARGETS:
         raise UserError(f"{folder} is for {manifest.target}, which this version does not know")
-    check_packages(manifest.target)
     chosen = usual_device(manifest) if device == "auto" else torch.device(device)
     return open_stages(Path(folder), manifest, chosen)

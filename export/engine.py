@@ -5,6 +5,7 @@ Axes: B images, L tokens of an image, C codebook channels.
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,17 @@ from ddfast.models.base import check_labels
 from .manifest import Manifest
 
 Tensors = dict[str, Tensor]
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raise UserError for packages that are not installed, with the extra that brings them."""
+    missing = [name for name in packages if not installed(name)]
+    if missing:
+        raise UserError(f"{', '.join(missing)} is not installed: pip install 'ddfast[{extra}]'")
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 class Stage(ABC):

@@ -15,7 +15,7 @@ import torch
 
 from ddfast.errors import UserError, WorkError
 
-from .engine import Engine, Stage, Tensors
+from .engine import Engine, Stage, Tensors, installed, require
 from .manifest import Manifest
 
 if TYPE_CHECKING:
@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 EXTRA = "export"
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("onnx", "onnxscript")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}  # bfloat16 convolutions come with 22
 SINGLE_FILE = 1 << 30
 """Bytes of weights up to which they go into the model's own file; protobuf ends at 2 GB."""
+
+
+def check(job: Job) -> None:
+    """Raise UserError where nothing could run the graph to compare it."""
+    if not installed("openvino"):
+        require(EXTRA, "onnxruntime")
 
 
 def build(job: Job) -> dict[str, Any]:
@@ -126,8 +132,8 @@ def seal(folder: Path, manifest: Manifest) -> None:
 
 
 def stand_in(job: Job, manifest: Manifest) -> Engine | None:
-    """What was traced, in torch, to compare where the graph itself cannot run: bfloat16 on a CPU."""
-    if job.precision != "bf16" or usual_device(manifest) != "cpu":
+    """What was traced, in torch, to compare where the graph itself cannot run: bfloat16 on a CPU without OpenVINO."""
+    if job.precision != "bf16" or usual_device(manifest) != "cpu" or installed("openvino"):
         return None
     stages = {stage: TracedStage(job, stage, job.precision) for stage in manifest.stages}
     for stage in stages.values():
@@ -149,13 +155,22 @@ class TracedStage(Stage):
 
 
 def usual_device(manifest: Manifest) -> str:
+    if not installed("onnxruntime"):
+        return "cpu"
     import onnxruntime as ort
 
     return "cuda" if torch.cuda.is_available() and "CUDAExecutionProvider" in ort.get_available_providers() else "cpu"
 
 
 def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device) -> Stage:
-    return OnnxStage(path, manifest.precision[stage], device)
+    """A graph in onnxruntime; on a CPU in OpenVINO where that alone is installed, or the graph is in bfloat16."""
+    precision = manifest.precision[stage]
+    if device.type == "cpu" and installed("openvino") and (precision == "bf16" or not installed("onnxruntime")):
+        from .openvino import HINTS, OpenVINOStage
+
+        return OpenVINOStage(path, manifest.batch.most, precision if precision in HINTS else "fp32")
+    require(EXTRA, "onnxruntime")
+    return OnnxStage(path, precision, device)
 
 
 class OnnxStage(Stage):
@@ -170,7 +185,7 @@ class OnnxStage(Stage):
                 "this onnxruntime has no CUDA: pip install onnxruntime-gpu in its place, or use --device cpu"
             )
         if precision == "bf16" and not cuda:
-            raise UserError("onnxruntime has no bfloat16 on a CPU; export with --precision fp32, or --to openvino")
+            raise UserError("onnxruntime has no bfloat16 on a CPU: pip install 'ddfast[openvino]', or export fp32")
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if precision == "fp8":  # its fusions of Q/DQ make products of integers, which fp8 is not

@@ -16,7 +16,7 @@ import torch
 from ddfast.errors import UserError
 
 from . import onnx
-from .engine import Stage, Tensors
+from .engine import Stage, Tensors, require
 from .manifest import Batch, Manifest
 from .rewrite import fold_upsampling, norm_by_channels
 
@@ -64,6 +64,7 @@ def build(job: Job) -> dict[str, Any]:
 def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device) -> Stage:
     if device.type != "cpu":
         raise UserError(f"this folder runs on CPUs, not on {device}; use --device cpu, or export with --to tensorrt")
+    require(EXTRA, "openvino")
     return OpenVINOStage(path, AT_ONCE[stage], manifest.precision[stage])
 
 
@@ -97,8 +98,8 @@ class OpenVINOStage(Stage):
         for name in {"seed", "sample"} & feeds.keys() & set(self.inputs):
             if int(feeds[name].max()) >= EXACT:
                 raise UserError(
-                    f"a {name} of {int(feeds[name].max())} is more than OpenVINO's float32 holds: noise made in the graph "
-                    "needs numbers below 2^24; export without --noise-in-graph"
+                    f"a {name} of {int(feeds[name].max())} is more than OpenVINO's float32 holds: noise made in the "
+                    "graph needs numbers below 2^24; export without --noise-in-graph"
                 )
         given = {name: feeds[name].contiguous() for name in self.inputs}
         rows = len(given["embeddings" if "embeddings" in given else "label"])

@@ -24,7 +24,7 @@ from ddfast.errors import UserError
 from ddfast.files import check_writable
 
 from . import trt_common as common
-from .engine import Engine, Stage
+from .engine import Engine, Stage, require
 from .manifest import Manifest, list_files, read_manifest
 
 if TYPE_CHECKING:
@@ -48,17 +48,17 @@ def check(job: Job) -> None:
     Options: ``script``, ``workspace`` in MiB, ``timing_cache``, a file; ``fp8_bar`` and ``fp8_images``, see
     :func:`ddfast.export.fp8.calibrate`.
     """
-    common.require(EXTRA, "onnx", "onnxscript")
+    require(EXTRA, "onnx", "onnxscript")
     check_options(job.options)
     if job.options.get("script"):
-        common.require("export", "onnxruntime")
+        require("export", "onnxruntime")
         return
     if not torch.cuda.is_available():
         raise UserError(
             "a TensorRT engine is built on the GPU that runs it, and torch sees no CUDA GPU here; --script writes the "
             "graph and the commands to run there"
         )
-    common.require(EXTRA, "tensorrt")
+    require(EXTRA, "tensorrt")
     common.check_capability(job.precision, common.capability(here()))
 
 
@@ -85,7 +85,7 @@ def package() -> Any:
     """tensorrt, once a GPU has been seen."""
     if not torch.cuda.is_available():
         raise UserError("tensorrt needs a CUDA GPU, and torch sees none here")
-    common.require(EXTRA, "tensorrt")
+    require(EXTRA, "tensorrt")
     trt = importlib.import_module("tensorrt")
     if int(trt.__version__.split(".")[0]) < LEAST_VERSION:
         raise UserError(f"tensorrt {trt.__version__} is too old; pip install 'ddfast[{EXTRA}]'")

@@ -16,7 +16,7 @@ import torch
 from ddfast.errors import UserError
 
 from . import trt_common as common
-from .engine import Engine, Stage
+from .engine import Engine, Stage, require
 from .manifest import Manifest
 from .tensorrt import check_options, set_workspace
 from .tensorrt import precision_of as precision_of
@@ -47,7 +47,7 @@ def capabilities(job: Job) -> tuple[str, ...]:
 def check(job: Job) -> None:
     """Raise UserError for GPUs that no engine can be built for. Options: ``compute_capabilities``, such as
     ("8.9", "12.0"), and ``workspace``, ``fp8_bar``, ``fp8_images``, see :mod:`ddfast.export.tensorrt`."""
-    common.require(EXTRA, "onnx", "onnxscript", "onnxruntime")
+    require(EXTRA, "onnx", "onnxscript", "onnxruntime")
     check_options(job.options)
     for capability in capabilities(job):
         if capability not in CAPABILITIES:
@@ -59,7 +59,7 @@ def check(job: Job) -> None:
 
 
 def package() -> Any:
-    common.require(EXTRA, *PACKAGES)
+    require(EXTRA, *PACKAGES)
     return importlib.import_module("tensorrt_rtx")
 
 

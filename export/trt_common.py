@@ -5,7 +5,6 @@ Axes: B images, L tokens of an image, C codebook channels.
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -30,13 +29,6 @@ Profile = dict[str, list[list[int]]]
 
 GRAPHS = "graph"
 """Folder of the ONNX graphs that engines are built from."""
-
-
-def require(extra: str, *packages: str) -> None:
-    """Raise UserError for packages that are not installed."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{', '.join(missing)} is not installed: pip install 'ddfast[{extra}]'")
 
 
 def profile(job: Job, stage: str) -> Profile:

@@ -258,13 +258,44 @@ def test_a_place_that_is_taken_is_refused(folder: Path, model: Distilled) -> Non
     assert read_manifest(folder) == before
 
 
-def test_a_missing_package_names_its_extra(folder: Path, model: Distilled, monkeypatch: pytest.MonkeyPatch) -> None:
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """As if ``packages`` were not installed."""
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a)
-    )
-    with pytest.raises(UserError, match=r"onnx needs onnxruntime: pip install 'ddfast\[export\]'"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in packages else found(name, *a))
+
+
+def test_a_missing_package_names_its_extra(
+    folder: Path, raster: Distilled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "onnxruntime", "openvino", "onnxscript")
+    with pytest.raises(UserError, match=r"onnxruntime is not installed: pip install 'ddfast\[export\]'"):
         open_engine(folder)
+    for target in ("onnx", "openvino"):
+        with pytest.raises(UserError, match=r"onnxscript.* is not installed: pip install 'ddfast\["):
+            export_student(quiet(Job(raster, target, "fp32", (0,), layout="pair")), tmp_path / "out")
+
+
+def test_a_graph_runs_in_openvino_where_that_is_what_is_there(
+    folder: Path, model: Distilled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    without(monkeypatch, "onnxruntime")
+    engine = open_engine(folder)
+    assert engine.runtime.startswith("OpenVINO") and engine.runtime.endswith("f32")
+    torch.testing.assert_close(drawn(engine, 11), expected(model, 11), rtol=0, atol=2e-5)
+
+
+def test_bfloat16_is_compared_by_what_runs_it(
+    raster: Distilled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    graph = export_student(quiet(Job(raster, "onnx", "bf16", (0,))), tmp_path / "bf16", 0.5)
+    assert graph.built["opset"] == 22 and graph.parity["runtime"].startswith("OpenVINO")
+    without(monkeypatch, "openvino")
+    traced = export_student(quiet(Job(raster, "onnx", "bf16", (0,))), tmp_path / "torch", 0.5)
+    assert "in place of onnxruntime" in traced.parity["runtime"]
+    with pytest.raises(UserError, match="onnxruntime has no bfloat16 on a CPU: pip install"):
+        open_engine(tmp_path / "torch")
 
 
 def test_bad_labels_and_seeds_are_refused(engine: Engine) -> None:

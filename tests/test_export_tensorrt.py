@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -174,13 +175,11 @@ def test_no_engine_is_begun_without_a_gpu_or_tensorrt(student: Distilled, monkey
     with pytest.raises(UserError, match="built on the GPU that runs it, and torch sees no CUDA GPU here; --script"):
         check(make_job(student))
     on_gpu(monkeypatch, "NVIDIA A100", (8, 0))
-    find_spec = trt_common.importlib.util.find_spec
-    monkeypatch.setattr(
-        trt_common.importlib.util, "find_spec", lambda name: None if name == "tensorrt" else find_spec(name)
-    )
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorrt" else find_spec(name))
     with pytest.raises(UserError, match=r"tensorrt is not installed: pip install 'ddfast\[tensorrt\]'"):
         check(make_job(student))
-    monkeypatch.setattr(trt_common.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(UserError, match="fp8 needs a GPU of compute capability 8.9 or later, not 8.0"):
         check(make_job(student, precision="fp8"))
     check(make_job(student, precision="bf16"))
