@@ -47,7 +47,7 @@ class ExportCase:
 
 
 def export_cases() -> list[ExportCase]:
-    return [ExportCase("digits-var"), ExportCase("var-d16")]
+    return [ExportCase("digits-var"), ExportCase("var-d16"), ExportCase("llamagen-b-256")]
 
 
 def random_student(name: str, device: torch.device) -> Distilled:

@@ -165,10 +165,11 @@ def usual_device(manifest: Manifest) -> str:
 def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device) -> Stage:
     """A graph in onnxruntime; on a CPU in OpenVINO where that alone is installed, or the graph is in bfloat16."""
     precision = manifest.precision[stage]
-    if device.type == "cpu" and installed("openvino") and (precision == "bf16" or not installed("onnxruntime")):
-        from .openvino import HINTS, OpenVINOStage
+    alone = not installed("onnxruntime") and precision in ("fp32", "fp16")
+    if device.type == "cpu" and installed("openvino") and (precision == "bf16" or alone):
+        from .openvino import OpenVINOStage
 
-        return OpenVINOStage(path, manifest.batch.most, precision if precision in HINTS else "fp32")
+        return OpenVINOStage(path, manifest.batch.most, "bf16" if precision == "bf16" else "fp32")
     require(EXTRA, "onnxruntime")
     return OnnxStage(path, precision, device)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import student_part
 from torch import Tensor
 
 from ddfast import ops
@@ -101,6 +102,30 @@ def test_the_manifest_says_what_was_found(folder: Path, model: Distilled) -> Non
     assert manifest.parity["image_error"] <= 2e-5 and manifest.parity["decoder_psnr"] > 90
     assert set(manifest.files) == {"model.onnx"} == {p.name for p in folder.iterdir()} - {"manifest.json"}
     assert manifest.built["opset"] == 20 and manifest.built["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("var", {"layerwise": False}),
+        ("var", {"shared_aln": True}),
+        ("var", {"attn_l2_norm": False}),
+        ("llamagen", {"n_kv_head": 1}),
+    ],
+)
+def test_every_kind_of_student_is_traced(family: str, changes: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """In both steps of two, for any batch."""
+    file = request.getfixturevalue("pyramid_student_file" if family == "var" else "raster_student_file")
+    student: Any = student_part(family, **changes).build(torch.float32, "cpu")
+    other = replace(load_student(file), student=student)
+    job = Job(other, "onnx", "fp32", (0, 2))
+    module, feeds, _ = job.traced("trunk", torch.float32)
+    shapes = job.dynamic_shapes("trunk", feeds)
+    program = torch.export.export(module, tuple(feeds.values()), dynamic_shapes=shapes)
+    noise = ops.normal_noise(1, torch.arange(5), 0, student.num_tokens, student.channels)
+    labels = torch.arange(5) % student.num_classes
+    want = few_step(student, labels, noise, other.codebook, (0, 2), other.split)
+    torch.testing.assert_close(program.module()(labels, noise), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])

@@ -138,4 +138,4 @@ def test_exports_are_timed_by_every_way_that_is_there(monkeypatch: pytest.Monkey
     told = gpu_export.line(row)
     assert told.startswith("export digits-var batch 1/2 ") and told.endswith("without TensorRT")
     assert gpu_export.line({"name": "x", "problem": "out of time"}).endswith("out of time")
-    assert [case.teacher for case in gpu_export.export_cases()] == ["digits-var", "var-d16"]
+    assert [case.teacher for case in gpu_export.export_cases()] == ["digits-var", "var-d16", "llamagen-b-256"]
