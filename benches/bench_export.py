@@ -11,7 +11,8 @@ folder as it does for users. Pages of a mapped file count once touched.
 
 The floor: bare products and convolutions of the exported graph's shapes and number, nothing between them, each by the
 fastest way that torch has (F.linear; conv2d, channels first or last; oneDNN's packed weights); ``ways`` counts them.
-Attention's products stand beside it and do not count. ``times_floor`` is over the floor of a row's precisions.
+Attention's products stand beside it and do not count. ``times_floor`` is over the floor of a row's precisions; int8,
+which torch has no bare products of, stands over bfloat16's, and may be below it.
 
 An export's seconds and memory are those of the whole command in a process of its own, all cores: the student read, the
 files built, and parity measured, whose figures say little for random weights.
@@ -44,6 +45,7 @@ SMALL = {"digits-var": "digits-var", "digits-llamagen": "digits-llamagen"}
 ENGINES = {
     "openvino-mixed": ("openvino", "mixed", "pair"),
     "openvino-bf16": ("openvino", "bf16", "pair"),
+    "openvino-int8": ("openvino", "int8", "pair"),
     "openvino-fp32": ("openvino", "fp32", "pair"),
     "onnx-fp32": ("onnx", "fp32", "whole"),
     "aoti-fp32": ("aoti", "fp32", "whole"),
@@ -328,8 +330,9 @@ def measured(student: str, plan: list[tuple[str, str, Record]], batch: int, roun
 
 def compare(row: Record, released_row: Record, bottom: Record) -> None:
     """Add what a row is worth: against the floor of its precisions, and the released path in float32."""
-    if all(precision in bottom for precision in row["precision"].values()):
-        floors = [bottom[precision][stage]["cpu_median_s"] for stage, precision in row["precision"].items()]
+    of = {stage: "bf16" if precision == "int8" else precision for stage, precision in row["precision"].items()}
+    if all(precision in bottom for precision in of.values()):
+        floors = [bottom[precision][stage]["cpu_median_s"] for stage, precision in of.items()]
         row["cpu_floor_s"] = sum(floors)
         row["times_floor"] = row["cpu_median_s"] / row["cpu_floor_s"]
     row["faster_than_released"] = released_row["cpu_median_s"] / row["cpu_median_s"]
@@ -348,12 +351,13 @@ def best(rows: list[Record]) -> Record:
     return {key: row[key] for key in ("student", "batch", "way", *ratios) if key in row} | {"holds": holds}
 
 
-def plan_of(student: Path, folders: dict[str, Path], repeats: int) -> list[tuple[str, str, Record]]:
+def plan_of(student: Path, folders: dict[str, Path], repeats: int, skip: list[str]) -> list[tuple[str, str, Record]]:
     common = {"repeats": repeats}
     plan = [
         (f"{name} {p}", work, common | {"student": str(student), "precision": p})
         for name, work in (("released", "released"), ("torch", "torch"))
         for p in DTYPES
+        if f"{name} {p}" not in skip
     ]
     plan += [(name, "engine", common | {"folder": str(folder)}) for name, folder in folders.items()]
     return [*plan, ("floor", "floor", common | {"student": str(student)})]
@@ -386,7 +390,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calls timed a turn (default: 3)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each row (default: 2)")
     parser.add_argument("--parity", type=int, help="images an export is compared on (default: as usual)")
-    parser.add_argument("--out", type=Path, help="default: results/export-cpu.json")
+    parser.add_argument(
+        "--skip", nargs="+", default=[], choices=["released bf16", "torch fp32", "torch bf16"], help="rows"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default: results/export-cpu.json, with --only export-cpu-STUDENT.json"
+    )
     parser.add_argument("--alone", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
@@ -426,13 +435,13 @@ def main() -> None:
                 keep("exports", {"student": name, "engine": engine} | done)
             folders = {engine: folder for engine, folder in folders.items() if engine not in BUILT}
             for batch in args.batches:
-                rows, bottom = measured(name, plan_of(student, folders, args.repeats), batch, args.rounds)
+                rows, bottom = measured(name, plan_of(student, folders, args.repeats, args.skip), batch, args.rounds)
                 for row in rows:
                     keep("rows", row)
                 keep("floors", bottom)
                 if folders:
                     keep("best", best(rows))
-    finish(figures, args.out or RESULTS / "export-cpu.json")
+    finish(figures, args.out or RESULTS / ("export-cpu" + (f"-{args.only}" if args.only else "") + ".json"))
 
 
 if __name__ == "__main__":

@@ -18,17 +18,18 @@ from ddfast.errors import UserError
 from . import onnx
 from .engine import Stage, Tensors, require
 from .manifest import Batch, Manifest
+from .openvino_int8 import GROUP, calibration, input_ranges, quantize_convolutions, quantize_linears
 from .rewrite import fold_upsampling, norm_by_channels
 
 if TYPE_CHECKING:
     from .build import Job
 
-PRECISIONS = ("mixed", "fp32", "bf16")
+PRECISIONS = ("mixed", "fp32", "bf16", "int8")
 LAYOUTS = ("pair",)  # types of their own, and batches of their own
 EXTRA = "openvino"
 PACKAGES = ("onnx", "onnxscript", "openvino")
 FILES = "{}.xml"
-HINTS = {"fp32": "f32", "bf16": "bf16"}
+HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "bf16"}  # of int8, what is between its products
 EXACT = 1 << 24  # integers below it are float32, as which OpenVINO takes int64
 AT_ONCE = {"trunk": 8, "decoder": 1}
 """Images that a stage computes together: on a CPU more are no faster, and cost memory."""
@@ -45,6 +46,7 @@ def build(job: Job) -> dict[str, Any]:
     float16: finer than bfloat16 from 6e-5 on, rounded to multiples of 6e-8 below."""
     import openvino as ov
 
+    layers: dict[str, int] = {}
     for stage, name in job.stages(FILES).items():
         path = job.folder / f"{stage}.onnx"
         job.progress(f"{stage} to OpenVINO")
@@ -53,12 +55,23 @@ def build(job: Job) -> dict[str, Any]:
         if stage == "decoder":
             fold_upsampling(model)
             norm_by_channels(model)
-        half = precision_of(job.precision, stage) == "bf16"
+        half = precision_of(job.precision, stage) != "fp32"
+        if job.precision == "int8":
+            layers[stage] = quantized(job, stage, model)
         ov.save_model(model, job.folder / name, compress_to_fp16=half)
         del model  # it maps the files
         for file in job.folder.glob(f"{path.name}*"):
             file.unlink()
-    return {"torch": version("torch"), "onnx": version("onnx"), "openvino": version("openvino")}
+    facts: dict[str, Any] = {name: version(name) for name in ("torch", "onnx", "openvino")}
+    return facts | ({"int8_layers": layers} if layers else {})
+
+
+def quantized(job: Job, stage: str, model: Any) -> int:
+    """Put int8 into a stage's graph; returns in how many layers."""
+    if stage == "trunk":
+        return quantize_linears(model)
+    job.progress("int8 calibration of the decoder")
+    return quantize_convolutions(model, input_ranges(model, calibration(job.model, job.timesteps)))
 
 
 def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device) -> Stage:
@@ -79,18 +92,21 @@ class OpenVINOStage(Stage):
         import openvino as ov
 
         self.weights, self.at_once = path.with_suffix(".bin"), at_once
-        settings = {
+        settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": HINTS[precision],  # its own choice is bfloat16 wherever the CPU has it
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,
         }
+        if precision == "int8":
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUP
         with pages_returned(self.weights):
             self.model = ov.Core().compile_model(path, "CPU", settings)
         self.request = self.model.create_infer_request()
         self.seen: set[int] = set()
         used = str(self.model.get_property("INFERENCE_PRECISION_HINT").get_type_name())  # a CPU may lack bfloat16
-        self.runtime = f"OpenVINO {version('openvino')}, CPU, {used}"
+        kinds = f"int8 and {used}" if precision == "int8" else used
+        self.runtime = f"OpenVINO {version('openvino')}, CPU, {kinds}"
         self.inputs = [value.any_name for value in self.model.inputs]
         self.outputs = [value.any_name for value in self.model.outputs]
 

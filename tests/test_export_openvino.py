@@ -38,6 +38,7 @@ def folders(model: Distilled, tmp_path_factory: pytest.TempPathFactory) -> dict[
     exported(model, base / "mixed", "mixed", batch=Batch(3, 3, 3))
     exported(model, base / "fp32", "fp32", seeded=True)
     exported(model, base / "bf16", "bf16")
+    exported(model, base / "int8", "int8")
     return {path.name: path for path in base.iterdir()}
 
 
@@ -91,6 +92,43 @@ def test_only_stages_that_shall_be_are_rounded(folders: dict[str, Path]) -> None
     assert open_engine(folders["mixed"]).runtime.split(" and ")[1:] == [open_engine(folders["bf16"]).runtime]
 
 
+@pytest.mark.skipif(not runs_bfloat16(), reason="this CPU has no bfloat16")
+def test_int8_is_in_the_wide_layers_and_its_loss_is_measured(folders: dict[str, Path]) -> None:
+    manifest = open_engine(folders["int8"]).manifest
+    assert manifest.precision == {"trunk": "int8", "decoder": "int8"} and "int8" in manifest.parity["runtime"]
+    core = ov.Core()
+    trunk, decoder = (core.read_model(folders["int8"] / f"{stage}.xml") for stage in ("trunk", "decoder"))
+    codes = [op for op in trunk.get_ops() if op.get_type_name() == "Constant" and op.get_element_type() == ov.Type.i8]
+    assert len(codes) == manifest.built["int8_layers"]["trunk"] >= 8
+    kinds = [op.get_type_name() for op in decoder.get_ops()]
+    assert kinds.count("FakeQuantize") == 2 * manifest.built["int8_layers"]["decoder"]
+    assert 0.9 <= manifest.parity["token_agreement"] < 1 and 25 < manifest.parity["decoder_psnr"] < 60
+
+
+def test_int8_convolutions_stay_within_their_calibrated_ranges() -> None:
+    """Of two wide convolutions, one narrow: the wide one is rounded, to half a step of its output's parts."""
+    from openvino import opset13 as ops
+
+    from ddfast.export.openvino_int8 import input_ranges, quantize_convolutions
+
+    rng = np.random.default_rng(0)
+    x = ops.parameter([-1, 64, 5, 5], np.float32, name="x")
+    weights = [rng.normal(size=shape).astype(np.float32) / 24 for shape in ((64, 64, 3, 3), (3, 64, 1, 1))]
+    wide = ops.convolution(x, ops.constant(weights[0]), [1, 1], [1, 1], [1, 1], [1, 1])
+    narrow = ops.convolution(wide, ops.constant(weights[1]), [1, 1], [0, 0], [0, 0], [1, 1])
+    model = ov.Model([ops.result(narrow)], [x], "two")
+    images = rng.normal(size=(3, 64, 5, 5)).astype(np.float32)
+    run = ov.Core().compile_model(model.clone(), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    want = run(images)[0]
+    ranges = input_ranges(model, images)
+    ((least, most),) = ranges.values()
+    assert least == images.min() and most == images.max()
+    assert quantize_convolutions(model, ranges) == 1
+    got = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images)[0]
+    error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+    assert 1e-4 < error < 0.02
+
+
 def test_images_do_not_depend_on_how_they_are_batched(folders: dict[str, Path]) -> None:
     """A trunk takes 8 at once and a decoder 1, whatever the folder's batch is."""
     engine, fixed = open_engine(folders["fp32"]), open_engine(folders["mixed"])
@@ -131,7 +169,7 @@ def test_it_takes_as_many_threads_as_torch(folders: dict[str, Path], one_thread:
 def test_what_cannot_be_exported_or_run_is_refused(model: Distilled, folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="no layout 'whole'; use pair"):
         check(Job(model, "openvino", "mixed", (0,)))
-    with pytest.raises(UserError, match="no precision fp16; use mixed, fp32, bf16"):
+    with pytest.raises(UserError, match="no precision fp16; use mixed, fp32, bf16, int8"):
         check(Job(model, "openvino", "fp16", (0,), layout="pair"))
     with pytest.raises(UserError, match="runs on CPUs, not on cuda"):
         open_engine(folders["fp32"], "cuda")

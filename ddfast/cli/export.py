@@ -86,8 +86,8 @@ def add_parser(commands: Any) -> None:
         "--precision",
         choices=list(MIN_AGREEMENT),
         metavar="P",
-        help="fp32, fp16, bf16, int8 (weights only), fp8, or mixed (fp32 trunk, bf16 decoder); the first of a target's "
-        "by default: fp32, for openvino mixed, for tensorrt fp16",
+        help="fp32, fp16, bf16, int8 (onnx: its weights alone), fp8, or mixed (fp32 trunk, bf16 decoder); by default the "
+        "first of a target's: fp32, for openvino mixed, for tensorrt fp16",
     )
     graph.add_argument(
         "--layout", choices=LAYOUTS, help="one graph (whole), or trunk and decoder in files of their own (pair)"
