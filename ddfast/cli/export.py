@@ -86,7 +86,7 @@ def add_parser(commands: Any) -> None:
         "--precision",
         choices=list(MIN_AGREEMENT),
         metavar="P",
-        help="fp32, fp16, bf16, int8 (onnx: its weights alone), fp8, or mixed (fp32 trunk, bf16 decoder); by default the "
+        help="fp32, fp16, bf16, int8 (onnx: weights alone), fp8, or mixed (fp32 trunk, bf16 decoder); by default the "
         "first of a target's: fp32, for openvino mixed, for tensorrt fp16",
     )
     graph.add_argument(
