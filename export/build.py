@@ -53,7 +53,7 @@ class Job:
         folder: where files go.
         options: the target's own.
         progress: told what begins.
-        single_file: bytes of weights up to which an ONNX graph holds them itself.
+        single_file: bytes of weights up to which an ONNX graph holds them itself; protobuf ends at 2 GB.
     """
 
     model: Distilled

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -47,10 +46,6 @@ class Stage(ABC):
     @abstractmethod
     def __call__(self, feeds: Tensors) -> Tensors:
         """Run it. Outputs may be overwritten by the next call."""
-
-
-Open = Callable[[Path, str], Stage]
-"""``open(path, stage name)``"""
 
 
 class Engine:

@@ -8,6 +8,7 @@ One scale a tensor, as TensorRT's fp8 products take it.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ def rounded(x: Tensor, scale: float) -> Tensor:
     return (x / scale).clamp(-LARGEST, LARGEST).to(FP8).to(x.dtype) * scale
 
 
-class _Linears(TorchFunctionMode):
+class _Linears(TorchFunctionMode, ABC):
     """Gives every linear layer's call to ``meet``, by the name of its weight."""
 
     def __init__(self, student: nn.Module) -> None:
@@ -79,9 +80,9 @@ class _Linears(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return self.meet(name, args[0], args[1], *args[2:], **(kwargs or {}))
 
+    @abstractmethod
     def meet(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output."""
-        raise NotImplementedError
 
 
 class _Largest(_Linears):

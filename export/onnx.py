@@ -26,8 +26,6 @@ EXTRA = "export"
 PACKAGES = ("onnx", "onnxscript")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}  # bfloat16 convolutions come with 22
-SINGLE_FILE = 1 << 30
-"""Bytes of weights up to which they go into the model's own file; protobuf ends at 2 GB."""
 
 
 def check(job: Job) -> None:

@@ -165,8 +165,8 @@ class Student(nn.Module, ABC):
     def predict(
         self, labels: Tensor, x: Tensor, t: int, codebook: Tensor, split: int, stop: int | None = None
     ) -> Tensor:
-        """One step: the whole image, or its first groups, each head run only where it is read. Nothing in it keeps
-        torch.export from tracing it.
+        """One step: the whole image, or its first groups, each head run only where it is read (Alg. 3 of
+        arXiv 2412.17153). Nothing in it keeps torch.export from tracing it; call it under ``torch.inference_mode()``.
 
         Args:
             labels: int64 [B].
