@@ -95,7 +95,7 @@ def backends(device: torch.device, operation: Operation) -> tuple[Backend, ...]:
     return _backends(operation, device.type)
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
     """Whether Triton is installed, and its kernels: they stand beside the sources of ddfast and join it when built."""
     if importlib.util.find_spec("ddfast.kernels") is None:
         return False
@@ -107,7 +107,7 @@ def _backends(operation: Operation, device_type: str) -> tuple[Backend, ...]:
     native = {"cpu": _native.available(), "cuda": _native.cuda_built() and operation in _CUDA}
     there = {
         "native": native.get(device_type, False),
-        "triton": device_type in native and operation in _TRITON and _has_triton(),
+        "triton": device_type in native and operation in _TRITON and has_triton(),
         "torch": True,
     }
     ranked: tuple[Backend, ...] = (

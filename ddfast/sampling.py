@@ -19,11 +19,12 @@ from . import ops
 from .errors import UserError
 from .flow import Solver, make_solver
 from .flow.tokens import raise_bad_rows
-from .models import Distilled, Sampling, Teacher
+from .models import TEACHERS, Distilled, Sampling, Teacher
 from .models.base import check_labels, decode_embeddings
 from .models.groups import starts
 from .models.student import Student
 from .pairs import Decoder, PairDataset
+from .pairs.manifest import Shape, check_origin
 
 STUDENT, TEACHER, MARGINALS = "student", "teacher", "marginals"
 
@@ -189,6 +190,15 @@ class Drawing:
     released_prefix: bool = False
 
 
+def _origin(student: Distilled | None, drawing: Drawing | None) -> tuple[str, dict[str, str | None]]:
+    """Name and content hashes of the teacher behind a sampler, as far as they are known."""
+    if drawing is not None:
+        weights = drawing.teacher.weights_sha256
+        return drawing.teacher.name, {label: weights.get(label) for label in ("transformer", "tokenizer")}
+    assert student is not None
+    return student.teacher, {"transformer": student.teacher_sha256, "tokenizer": student.tokenizer_sha256}
+
+
 class Sampler:
     """Draws images by plans.
 
@@ -221,15 +231,31 @@ class Sampler:
     def _check(self, student: Distilled | None, drawing: Drawing | None, marginals: Marginals | None) -> None:
         if student is not None and drawing is not None:
             teacher = drawing.teacher
+            what = ""
             if teacher.groups != self.groups or not torch.equal(teacher.codebook, self.codebook):
+                what = "groups or its codebook are others"
+            elif student.teacher_sha256 not in (
+                None,
+                teacher.weights_sha256.get("transformer", student.teacher_sha256),
+            ):
+                what = "weights are others"
+            elif student.teacher_sha256 is None and {student.teacher, teacher.name} <= TEACHERS.keys():
+                what = "name is another" if student.teacher != teacher.name else ""
+            if what:
                 raise UserError(
-                    f"{teacher.name} is not the teacher of {student.name}, which is {student.teacher}: its groups or "
-                    "its codebook are others. Name that one with --teacher (and its files)"
+                    f"{teacher.name} is not the teacher of {student.name}, which is {student.teacher}: its {what}. "
+                    "Name that one with --teacher (and its files)"
                 )
-        if marginals is not None and marginals.groups != self.groups:
+        if marginals is not None:
+            shape = Shape.of(self.groups, self.codebook, self.num_classes)
+            check_origin(marginals.dataset.folder, marginals.dataset.manifest, *_origin(student, drawing), shape)
+
+    def _check_finite(self, x_BlC: Tensor) -> None:
+        """Raise UserError where a student computed what is no number: its pictures would all be one, of any noise."""
+        if not bool(x_BlC.isfinite().all()):
             raise UserError(
-                f"the pairs in {marginals.dataset.folder} are of {marginals.dataset.manifest.teacher}, whose groups "
-                "are others; name pairs of the same teacher"
+                f"the outputs of {self.name} are not finite: its weights overflow in this type; use --dtype bfloat16 "
+                "or float32"
             )
 
     def check(self, plan: Plan) -> None:
@@ -267,6 +293,7 @@ class Sampler:
                 assert self.student is not None
                 x = torch.cat([x, noise[:, start:stop]], dim=1)
                 x = self.student.student.predict(labels, x, leg.first, self.codebook, self.student.split, leg.stop)
+                self._check_finite(x)
                 continue
             before = ops.nearest_code(x, self.codebook) if start else labels.new_empty(len(labels), 0)
             if leg.who == TEACHER:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -17,27 +17,19 @@ from torch import Tensor, nn
 
 from ddfast import __version__
 from ddfast.errors import UserError, WorkError
-from ddfast.files import check_writable, fsync_folder
+from ddfast.files import LOCK, check_folder, fsync_folder, locked, remove_abandoned_folders, unlock
 from ddfast.models import Distilled
+from ddfast.records import check_name
 
 from .engine import Engine, require
 from .graph import Decoder, SeededTrunk, Shapes, Trunk, Whole
-from .manifest import Batch, Manifest, list_files, read_manifest
+from .manifest import FILE, Batch, Manifest, is_exported, list_files, read_manifest
 from .parity import measure
+from .targets import LAYOUTS, MIN_AGREEMENT, TARGETS
+from .trust import check_trusted, remember
 
-TARGETS = {
-    "onnx": "onnx",
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt_rtx",
-    "openvino": "openvino",
-    "aoti": "aoti",
-    "triton-server": "triton_server",
-}
-"""``--to``, and the module that builds and runs it."""
-
-MIN_AGREEMENT = {"fp32": 0.999, "mixed": 0.999, "fp16": 0.99, "bf16": 0.95, "int8": 0.9, "fp8": 0.9}
-LAYOUTS = ("whole", "pair")
 PARITY_TOKENS = 2048
+BUILDING = "export"
 
 
 @dataclass
@@ -85,7 +77,7 @@ class Job:
         trunk: nn.Module = Trunk(self.model, self.timesteps, dtype)
         if self.seeded:
             trunk = SeededTrunk(trunk, self.shapes)  # type: ignore[arg-type]
-        return trunk if stage == "trunk" else Whole(trunk, decoder)  # type: ignore[arg-type]
+        return trunk if stage == "trunk" else Whole(trunk, decoder, self.shapes.num_classes)  # type: ignore[arg-type]
 
     def traced(self, stage: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor], list[str]]:
         """A stage's module, ready to be traced, examples of its inputs by name, and names of its outputs."""
@@ -153,6 +145,7 @@ def check(job: Job) -> None:
         raise UserError(f"{job.target} has no precision {job.precision}; use {', '.join(module.PRECISIONS)}")
     if job.layout not in layouts_of(job.target):
         raise UserError(f"{job.target} has no layout {job.layout!r}; use {' or '.join(layouts_of(job.target))}")
+    check_name(job.model.name, "the student")  # it goes into scripts and configurations
     job.model.student.check_timesteps(job.timesteps)
     if hasattr(module, "check"):
         module.check(job)
@@ -165,7 +158,7 @@ def export_student(
 
     Args:
         job: its ``folder`` is set here.
-        out: must not hold anything yet.
+        out: absent or empty; a link to a folder is that folder.
         min_agreement: least share of equal tokens; by default what the precision usually holds (``MIN_AGREEMENT``).
         num, seed: images compared, by default as many as have ``PARITY_TOKENS``, 2 to 64.
 
@@ -174,19 +167,14 @@ def export_student(
         WorkError: too few tokens agree, or the outcome is broken; nothing is left at ``out``.
     """
     check(job)
-    check_writable(out.parent)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; remove it, or choose another --out")
+    check_out(out)
     if num is None:
         num = min(max(PARITY_TOKENS // job.shapes.tokens, 2), 64)
     if num < 1:
         raise UserError(f"{num} images cannot be compared; use at least 1")
     least = MIN_AGREEMENT[job.precision] if min_agreement is None else min_agreement
     module = target_module(job.target)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    job.folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    job.folder.mkdir()
-    try:
+    with building(out) as job.folder:
         built = {"ddfast": __version__} | module.build(job)
         manifest = replace(job.manifest(), built=built)
         job.progress("parity with torch")
@@ -203,11 +191,46 @@ def export_student(
             module.seal(job.folder, manifest)
         manifest = replace(manifest, files=list_files(job.folder))
         manifest.write(job.folder)
-        os.replace(job.folder, out)
-        fsync_folder(out.parent)
-    finally:
-        shutil.rmtree(job.folder, ignore_errors=True)
+    remember(manifest)
     return manifest
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError where a folder cannot be exported to."""
+    if out.is_dir() and is_exported(out):
+        raise UserError(f"{out} is there already; remove it, or choose another --out")
+    check_folder(out, "export that could be gone on with")
+
+
+@contextlib.contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """A hidden folder in ``out`` to build in. What is in it is moved to ``out`` on success, the manifest last, so that
+    no reader takes a part for the whole; else nothing stays, nor ``out`` if it was not there.
+
+    It is in ``out`` and not beside it, since ``out`` may be a volume of its own. What a killed export left there goes.
+    """
+    absent = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    held = locked(out)
+    try:
+        remove_abandoned_folders(out, BUILDING)
+        inside = out / f".{BUILDING}.{secrets.token_hex(4)}.tmp"
+        inside.mkdir()
+        alive = locked(inside)
+        try:
+            yield inside
+            alive.close()
+            (inside / LOCK).unlink()
+            for path in sorted(inside.iterdir(), key=lambda path: path.name == FILE):
+                path.rename(out / path.name)
+            fsync_folder(out)
+        finally:
+            alive.close()
+            shutil.rmtree(inside, ignore_errors=True)
+    finally:
+        unlock(held, out)
+        if absent and not any(out.iterdir()):
+            out.rmdir()
 
 
 def usual_device(manifest: Manifest) -> torch.device:
@@ -219,17 +242,32 @@ def usual_device(manifest: Manifest) -> torch.device:
 def open_stages(folder: Path, manifest: Manifest, device: torch.device) -> Engine:
     module = target_module(manifest.target)
     opened = {name: module.open_stage(folder / file, name, manifest, device) for name, file in manifest.stages.items()}
+    for name, stage in opened.items():
+        wanted = {"embeddings"} if name == "decoder" else set(manifest.inputs)
+        if not set(stage.inputs) <= wanted:
+            other = ", ".join(sorted(set(stage.inputs) - wanted))
+            raise UserError(f"{manifest.stages[name]} takes {other}, of which its manifest says nothing; export again")
     return Engine(manifest, opened)
 
 
-def open_engine(folder: Path | str, device: torch.device | str = "auto") -> Engine:
+def open_engine(folder: Path | str, device: torch.device | str = "auto", trust: bool = False) -> Engine:
     """An exported folder, ready to run; "auto" is the device that it was built for.
 
+    ``trust``: run native code, an engine or a compiled library, that was not made by this user on this machine.
+
     Raises:
-        UserError: see :func:`read_manifest`; a package that is missing; a GPU that is not the engine's.
+        UserError: see :func:`read_manifest`; a program that is not trusted; a package that is missing; a GPU that is
+            not the engine's.
     """
-    manifest = read_manifest(Path(folder))
+    folder = Path(folder)
+    manifest = read_manifest(folder)
     if manifest.target not in TARGETS:
         raise UserError(f"{folder} is for {manifest.target}, which this version does not know")
-    chosen = usual_device(manifest) if device == "auto" else torch.device(device)
-    return open_stages(Path(folder), manifest, chosen)
+    check_trusted(folder, manifest, trust)
+    try:
+        chosen = usual_device(manifest) if device == "auto" else torch.device(device)
+        return open_stages(folder, manifest, chosen)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / FILE} lacks what a folder for {manifest.target} says ({error!r}); export the student again"
+        ) from error

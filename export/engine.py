@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,10 +37,12 @@ class Stage(ABC):
 
     Attributes:
         runtime: what runs it, for people, e.g. "onnxruntime 1.31.1, CPU".
+        inputs: names of what it takes.
         device: where inputs belong and outputs come.
     """
 
     runtime: str
+    inputs: Sequence[str]
     device = torch.device("cpu")
 
     @abstractmethod

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ddfast.errors import UserError
 from ddfast.models import Distilled
 from ddfast.models.base import Tokenizer
 from ddfast.models.groups import starts
@@ -31,6 +32,11 @@ class Shapes:
     num_classes: int
     image_size: int
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 1 <= value < 1 << 31:
+                raise UserError(f"its {name} is {value}; it must be at least 1")
+
     @staticmethod
     def of(model: Distilled) -> Shapes:
         student = model.student
@@ -38,8 +44,18 @@ class Shapes:
         return Shapes(student.num_tokens, student.channels, student.num_classes, side)
 
 
+def marked(label: Tensor, x: Tensor, num_classes: int) -> Tensor:
+    """``x`` [B, ...], NaN where ``label`` int64 [B] is no class."""
+    allowed = (label >= 0) & (label < num_classes)
+    return torch.where(allowed.view(-1, *[1] * (x.dim() - 1)), x, torch.nan)
+
+
 class Trunk(nn.Module):
-    """Labels int64 [B] and noise float32 [B, L, C] to embeddings float32 [B, L, C]: Alg. 3, one pass a timestep."""
+    """Labels int64 [B] and noise float32 [B, L, C] to embeddings float32 [B, L, C]: Alg. 3, one pass a timestep.
+
+    A label that is no class gives NaN, so that nobody takes another class's image for it: behind the last class is the
+    one that stands for none, and runtimes differ in what they do beyond.
+    """
 
     codebook: Tensor
 
@@ -56,7 +72,7 @@ class Trunk(nn.Module):
             if leg.first:
                 x = torch.cat([x, noise[:, self.ends[leg.first] : self.ends[leg.stop]]], dim=1)
             x = self.student.predict(label, x, leg.first, self.codebook, self.split, leg.stop)
-        return x
+        return marked(label, x, self.student.num_classes)
 
 
 class SeededTrunk(nn.Module):
@@ -88,10 +104,11 @@ class Decoder(nn.Module):
 class Whole(nn.Module):
     """Trunk and decoder: what a trunk takes to (image, embeddings)."""
 
-    def __init__(self, trunk: nn.Module, decoder: Decoder) -> None:
+    def __init__(self, trunk: nn.Module, decoder: Decoder, num_classes: int) -> None:
         super().__init__()
-        self.trunk, self.decoder = trunk, decoder
+        self.trunk, self.decoder, self.num_classes = trunk, decoder, num_classes
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        embeddings = self.trunk(*inputs)
-        return self.decoder(embeddings), embeddings
+    def forward(self, label: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+        embeddings = self.trunk(label, *others)
+        image = self.decoder(embeddings)
+        return marked(label, image, self.num_classes), embeddings  # once more: clamping makes some runtimes' NaN black

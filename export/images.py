@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from ddfast.evaluation.sampled import DrawnImages
 
 from .engine import Engine
-from .manifest import FILE
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,3 @@ def facts_of(engine: Engine) -> dict[str, Any]:
     facts: dict[str, Any] = {"way": f"{steps} step" + "s" * (steps > 1), "student": dict(m.student)}
     how = {"target": m.target, "precision": dict(m.precision), "timesteps": list(m.timesteps)}
     return facts | how | {"files": {name: f["sha256"] for name, f in m.files.items()}}
-
-
-def is_exported(folder: Path) -> bool:
-    """Whether ``folder`` may be one of ``ddfast export``."""
-    return (folder / FILE).is_file()

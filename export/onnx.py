@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from ddfast.errors import UserError, WorkError
 
 from .engine import Engine, Stage, Tensors, installed, require
+from .external import external_files
 from .manifest import Manifest
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ def export_stage(job: Job, stage: str, path: Path, precision: str, change: Calla
     model: Any = program.model
     forget_tracing(model)
     model.metadata_props["ddfast"] = f"{stage} of {job.model.name}, {precision}"
+    if stage != "decoder":
+        model.metadata_props["ddfast.labels"] = labels = labels_allowed(job.shapes.num_classes)
+        model.graph.inputs[0].doc_string = labels
     if not job.batch.fixed and any(isinstance(value.shape[0], int) for value in model.graph.outputs):
         raise WorkError(f"the exporter made the batch of the {stage} a constant")
     if precision == "int8":
@@ -84,6 +88,11 @@ def export_stage(job: Job, stage: str, path: Path, precision: str, change: Calla
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     program.save(str(path), external_data=size > job.single_file)
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def labels_allowed(num_classes: int) -> str:
+    """What a graph says of its labels."""
+    return f"label: a class, 0 to {num_classes - 1}; for any other number the image is NaN"
 
 
 def forget_tracing(model: Any) -> None:
@@ -98,6 +107,17 @@ def forget_tracing(model: Any) -> None:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
+
+
+@contextmanager
+def refused(path: Path) -> Iterator[None]:
+    """What onnxruntime raises, as a UserError with its first line."""
+    try:
+        yield
+    except Exception as error:  # its exceptions share no class of their own
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise UserError(f"onnxruntime refuses {path}: {str(error).splitlines()[0][:300]}") from error
 
 
 @contextmanager
@@ -162,6 +182,7 @@ def usual_device(manifest: Manifest) -> str:
 
 def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device) -> Stage:
     """A graph in onnxruntime; on a CPU in OpenVINO where that alone is installed, or the graph is in bfloat16."""
+    check_listed(path, manifest, manifest.stages[stage])
     precision = manifest.precision[stage]
     alone = not installed("onnxruntime") and precision in ("fp32", "fp16")
     if device.type == "cpu" and installed("openvino") and (precision == "bf16" or alone):
@@ -170,6 +191,14 @@ def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device)
         return OpenVINOStage(path, manifest.batch.most, "bf16" if precision == "bf16" else "fp32")
     require(EXTRA, "onnxruntime")
     return OnnxStage(path, precision, device)
+
+
+def check_listed(path: Path, manifest: Manifest, name: str) -> None:
+    """Raise UserError where a graph's weights are in files that its manifest does not list."""
+    beside = PurePosixPath(name).parent
+    for location in sorted(external_files(path)):
+        if str(beside / location) not in manifest.files:
+            raise UserError(f"{path} reads {location!r}, which its manifest does not list; export the student again")
 
 
 class OnnxStage(Stage):
@@ -191,17 +220,19 @@ class OnnxStage(Stage):
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.intra_op_num_threads = torch.get_num_threads()
         provider = ("CUDAExecutionProvider", {"device_id": str(device.index or 0)}) if cuda else "CPUExecutionProvider"
-        self.session = ort.InferenceSession(str(path), options, providers=[provider])
+        with refused(path):
+            self.session = ort.InferenceSession(str(path), options, providers=[provider])
         if cuda and self.session.get_providers()[0] != "CUDAExecutionProvider":
             raise UserError("onnxruntime could not start CUDA on this GPU; see its message above, or use --device cpu")
         self.runtime = f"onnxruntime {ort.__version__}, {'CUDA' if cuda else 'CPU'}"
-        self.device = device
+        self.device, self.path = device, path
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def __call__(self, feeds: Tensors) -> Tensors:
         if self.device.type == "cpu":
-            values = self.session.run(self.outputs, {name: feeds[name].numpy() for name in self.inputs})
+            with refused(self.path):
+                values = self.session.run(self.outputs, {name: feeds[name].numpy() for name in self.inputs})
             return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}
         return self.on_gpu(feeds)
 
@@ -215,7 +246,8 @@ class OnnxStage(Stage):
         for name in self.outputs:
             binding.bind_output(name, "cuda", index)
         torch.cuda.current_stream(self.device).synchronize()
-        self.session.run_with_iobinding(binding)
+        with refused(self.path):
+            self.session.run_with_iobinding(binding)
         values = binding.get_outputs()
         return {
             name: torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())

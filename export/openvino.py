@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +78,9 @@ def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device)
     if device.type != "cpu":
         raise UserError(f"this folder runs on CPUs, not on {device}; use --device cpu, or export with --to tensorrt")
     require(EXTRA, "openvino")
+    weights = PurePosixPath(manifest.stages[stage]).with_suffix(".bin")
+    if str(weights) not in manifest.files:
+        raise UserError(f"{path} reads {weights.name}, which its manifest does not list; export the student again")
     return OpenVINOStage(path, AT_ONCE[stage], manifest.precision[stage])
 
 
@@ -101,7 +104,11 @@ class OpenVINOStage(Stage):
         if precision == "int8":
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = GROUP
         with pages_returned(self.weights):
-            self.model = ov.Core().compile_model(path, "CPU", settings)
+            try:
+                self.model = ov.Core().compile_model(path, "CPU", settings)
+            except RuntimeError as error:
+                reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
+                raise UserError(f"OpenVINO refuses {path}: {reason[:300]}") from error
         self.request = self.model.create_infer_request()
         self.seen: set[int] = set()
         used = str(self.model.get_property("INFERENCE_PRECISION_HINT").get_type_name())  # a CPU may lack bfloat16

@@ -41,7 +41,7 @@ def measure(engine: Engine, model: Distilled, num: int, seed: int) -> dict[str, 
         largest difference among them, the whole way (None if there is none); ``num``, ``seed``.
 
     Raises:
-        WorkError: an output is not finite, or the decoder is broken.
+        WorkError: an output is not finite, all images are alike, or the decoder is broken.
     """
     device, manifest = model.device, engine.manifest
     labels, samples = torch.arange(num) % manifest.shapes.num_classes, torch.arange(num)
@@ -50,6 +50,11 @@ def measure(engine: Engine, model: Distilled, num: int, seed: int) -> dict[str, 
     for name, values in (("image", image), ("embeddings", embeddings)):
         if not values.isfinite().all():
             raise WorkError(f"the exported {name} is not finite: too narrow a type; use --precision bf16 or fp32")
+    if num > 1 and bool((embeddings == embeddings[:1]).all()):
+        raise WorkError(
+            f"all {num} images of the export are alike, whatever their class and noise: a comparison says nothing. "
+            "The student's weights or a type too narrow for them are to blame"
+        )
     codebook, shapes = model.codebook, manifest.shapes
     noise = sample_noise(seed, samples.to(device), shapes.tokens, shapes.channels)
     batches = zip(labels.to(device).split(BATCH), noise.split(BATCH), strict=True)

@@ -12,6 +12,7 @@ import importlib
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ddfast.errors import UserError
-from ddfast.files import check_writable
+from ddfast.files import check_writable, home, is_file
 
 from . import trt_common as common
 from .engine import Engine, Stage, require
 from .manifest import Manifest, list_files, read_manifest
+from .trust import remember
 
 if TYPE_CHECKING:
     from .build import Job
@@ -123,7 +125,7 @@ def set_workspace(trt: Any, options: Mapping[str, Any], config: Any) -> None:
 def default_cache(version: str, gpu: Mapping[str, Any]) -> Path:
     """Timings hold for one GPU and one version."""
     name = "-".join([version, *str(gpu["name"]).lower().split()])
-    return Path.home() / ".cache" / "ddfast" / f"tensorrt-{name}.timing"
+    return (home(".cache", "ddfast") or Path(tempfile.gettempdir())) / f"tensorrt-{name}.timing"
 
 
 # Elsewhere
@@ -206,13 +208,14 @@ def record(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     if manifest.target != "tensorrt" or "script" not in manifest.built:
         raise UserError(f"{folder} holds no script of `ddfast export --to tensorrt --script`")
-    missing = [file for file in manifest.stages.values() if not (folder / file).is_file()]
+    missing = [file for file in manifest.stages.values() if not is_file(folder / file)]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}: run {folder / SCRIPT} first")
     built = {key: value for key, value in manifest.built.items() if key != "script"}
     built |= {"tensorrt": package().__version__, "gpu": common.gpu_facts(here())}
     manifest = replace(manifest, built=built, files=list_files(folder))
     manifest.write(folder)
+    remember(manifest)
     return manifest
 
 

@@ -123,6 +123,7 @@ def config(job: Job) -> str:
         outputs += [f'name: "embeddings" data_type: TYPE_FP32 dims: {[*first, shapes.tokens, shapes.channels]}']
     lines = [
         f"# {job.model.name}, {job.precision}, timesteps {', '.join(map(str, job.timesteps))}",
+        f"# {onnx.labels_allowed(shapes.num_classes)}",
         f'name: "{MODEL}"',
         f'backend: "{backend_of(job)}"',
         f"max_batch_size: {batch.most if gathered else 0}",

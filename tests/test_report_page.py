@@ -196,7 +196,7 @@ def test_a_record_that_is_not_whole_is_refused(path: str, value: Any, message: s
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="does not exist"):
         read_report(tmp_path / "report.json")
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):

@@ -7,91 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 
 from ..digits.data import IMAGE_SIZE
 from ..errors import UserError
-from ..evaluation.evaluate import JSON_FILE, PICTURE_FILE, TABLE_FILE, evaluate, first_pictures, print_result
+from ..evaluation.evaluate import evaluate, first_pictures, print_result
 from ..evaluation.evaluate import write_result as write_files
-from ..evaluation.features import INCEPTION_FILE, FeatureExtractor, load_digits_features, load_inception
+from ..evaluation.features import FeatureExtractor, load_digits_features, load_inception
 from ..evaluation.images import ImageSource, open_images
-from ..evaluation.reference import DIGITS, load_reference, save_reference
+from ..evaluation.names import DIGITS, INCEPTION_FILE, JSON_FILE, PICTURE_FILE, TABLE_FILE
+from ..evaluation.reference import check_saved, load_reference, save_reference
 from ..export.build import open_engine
-from ..export.images import engine_images, is_exported
-from ..files import check_writable
+from ..export.images import engine_images
+from ..export.manifest import is_exported
+from ..files import check_folder
 from ..models.classes import parse_classes
+from ..pairs.memory import free_bytes
+from ..records import read_object
 from .models import (
-    add_model_arguments,
-    add_sample_arguments,
     check_plan_options,
     check_used,
     default_batch,
     open_model,
     wanted,
 )
-from .pairs import choose_device
-from .progress import progress_bar
-from .run import engine_device
-
-DESCRIPTION = f"""\
-Measure images against a reference: FID, sFID, Inception Score, precision and recall, as OpenAI's ADM evaluator takes
-them. Samples are a folder of pictures or an .npz in that evaluator's format (arr_0 uint8 [N, H, W, 3], arr_1 labels).
-The reference is a folder or such an .npz, too, or statistics: VIRTUAL_imagenet256_labeled.npz, or mu and sigma of
-pytorch-fid. So two folders can be compared. Or the samples are drawn for it from a model, with the options of `ddfast
-sample`.
-
-The features are those of FID's InceptionV3, from {INCEPTION_FILE} of torch-fidelity:
-bring it and name it with --inception; nothing is downloaded. Needs pip install 'ddfast[eval]'. For digits, the
-classifier that ships with ddfast takes Inception's place and the distance is called FD.
-
-Published FIDs are of 50,000 samples, ImageNet's against VIRTUAL_imagenet256_labeled.npz; fewer samples give a larger
-FID. Precision and recall need the reference's images, not only its statistics."""
-
-EPILOG = f"""\
-examples:
-  ddfast eval samples.npz --reference VIRTUAL_imagenet256_labeled.npz --inception {INCEPTION_FILE}
-  ddfast eval samples/ --reference imagenet/ --inception {INCEPTION_FILE} --out eval/
-  ddfast eval samples/ --reference imagenet/ --inception {INCEPTION_FILE} \\
-    --save-reference imagenet.npz    # later: --reference imagenet.npz, without precision and recall
-  ddfast eval --student var-dd-d16 --steps 2 --num 50000 --inception {INCEPTION_FILE} \\
-    --reference VIRTUAL_imagenet256_labeled.npz
-  ddfast eval digits.npz --digits    # against the real digits
-  ddfast eval --student runs/digits-var --digits
-  ddfast eval --teacher digits-var --ordinary --digits
-  ddfast eval student/ --reference teacher/ --digits
-"""
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "eval",
-        help="FID, sFID, Inception Score, precision and recall of images",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "samples", type=Path, nargs="?", metavar="SAMPLES", help="a folder of pictures, or an .npz; or else a model"
-    )
-    add_reference_arguments(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder for {JSON_FILE}, {TABLE_FILE}, {PICTURE_FILE}")
-    parser.add_argument(
-        "--save-reference", type=Path, metavar="FILE", help="write the reference's statistics, an .npz for --reference"
-    )
-    add_model_arguments(parser)
-    add_sample_arguments(parser, "5000", "images drawn and measured together (default: 64; of a model, what suits it)")
-    parser.set_defaults(func=run)
-
-
-def add_reference_arguments(parser: Any) -> None:
-    """What samples are compared with, and by which network. For a parser or a group of one."""
-    parser.add_argument(
-        "--reference", metavar="REF", help=f"a folder, an .npz, or {DIGITS}: the real digits (with --digits: default)"
-    )
-    network = parser.add_mutually_exclusive_group()
-    network.add_argument("--inception", type=Path, metavar="FILE", help=f"{INCEPTION_FILE}")
-    network.add_argument("--digits", action="store_true", help="16x16 digits: the bundled classifier, no Inception")
+from .progress import console, progress_bar
+from .shared import announce, choose_device, engine_device
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
     device, source, batch = choose_device(args.device), *opened(args)
     check_source(source, args)
     extractor = chosen_extractor(args, device)
-    with progress_bar(Console(stderr=True)) as bar:
+    check_memory(len(source), extractor)
+    name = args.samples or args.student or args.teacher
+    announce(console(), f"{len(source):,} images of {name} by the {extractor.name}", device, "float32", batch)
+    with progress_bar(console()) as bar:
         stages = Stages(bar)
         reference = load_reference(args.reference, extractor, batch, stages)
         if args.save_reference is not None:
@@ -115,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 def opened(args: argparse.Namespace) -> tuple[ImageSource, int]:
     """The images to measure, and how many at a time."""
     if args.samples is not None and is_exported(args.samples):
-        engine = open_engine(args.samples, engine_device(args.device))
+        engine = open_engine(args.samples, engine_device(args.device), args.trust)
         classes = None if args.classes is None else parse_classes(args.classes, engine.manifest.shapes.num_classes)
         return engine_images(engine, classes, args.num or 5000, args.seed), args.batch or engine.manifest.batch.best
     if args.samples is not None:
@@ -133,11 +77,13 @@ def check_options(args: argparse.Namespace) -> None:
         check_used(args, ())
     check_reference(args)
     if args.save_reference is not None:
-        if args.save_reference.suffix != ".npz":
+        if args.save_reference.suffix.lower() != ".npz":
             raise UserError(f"--save-reference {args.save_reference} must end in .npz")
-        check_writable(args.save_reference.parent)
+        check_saved(args.save_reference)
     if args.out is not None:
-        check_writable(args.out)
+        check_folder(
+            args.out, "evaluation", lambda out: "ddfast" in ((read_object(out / JSON_FILE) or {}).get("versions") or {})
+        )
         folders = [p for p in (args.samples, Path(args.reference)) if p is not None and p.is_dir()]
         if any(p.resolve() == args.out.resolve() for p in folders):
             raise UserError(
@@ -159,7 +105,7 @@ def check_reference(args: argparse.Namespace) -> None:
     for path in (None if args.reference == DIGITS else Path(args.reference), args.inception):
         if path is not None and not path.exists():
             raise UserError(f"{path} does not exist")
-    if args.reference != DIGITS and not Path(args.reference).is_dir() and Path(args.reference).suffix != ".npz":
+    if args.reference != DIGITS and not Path(args.reference).is_dir() and Path(args.reference).suffix.lower() != ".npz":
         raise UserError(f"--reference {args.reference} is neither a folder of pictures nor an .npz")
 
 
@@ -172,6 +118,16 @@ def check_source(source: ImageSource, args: argparse.Namespace) -> None:
         raise UserError(f"{size}, digits have {IMAGE_SIZE}x{IMAGE_SIZE}: use --inception FILE")
     if len(source) < 2:
         raise UserError(f"{what} has one image; a Frechet distance needs at least two")
+
+
+def check_memory(count: int, extractor: FeatureExtractor) -> None:
+    """Raise UserError where the features of so many samples do not fit in memory."""
+    need, free = 4 * count * (extractor.num_features + extractor.num_classes), free_bytes(torch.device("cpu"))
+    if need > free:
+        raise UserError(
+            f"the features of {count:,} samples need {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+            "measure fewer with --num"
+        )
 
 
 def chosen_extractor(args: argparse.Namespace, device: torch.device) -> FeatureExtractor:

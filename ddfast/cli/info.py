@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, cast
+from typing import cast
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from .. import __version__, _native
+from .. import __version__
+from ..hardware import kernels, missing_kernels
 from ..models.checkpoints import KINDS
 from ..models.student import Student
 from ..models.zoo import (
     STUDENTS,
     TEACHERS,
-    TOKENIZERS,
-    WEIGHTS_VARIABLE,
     ZooEntry,
     ZooStudent,
     ZooTeacher,
     blueprint,
+    everything,
     find_weights,
     weight_folders,
 )
-
-DESCRIPTION = f"""\
-List every teacher, student and tokenizer that ddfast knows, their sizes and groups, and whether their weights are at
-hand.
-
-Weights are looked for under their released names (or NAME.safetensors) in the folders of ${WEIGHTS_VARIABLE},
-in ./weights and in ~/.cache/ddfast."""
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "info",
-        help="list the known teachers and students and which weights are found",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(func=run)
+from .progress import console
+from .shared import choose_device
 
 
 def run(args: argparse.Namespace) -> int:
-    console = Console()
+    shown = console(stderr=False)
     teachers = table("Teachers", "name", "family", "size", "tokens", "codebook", "image")
     for entry in TEACHERS.values():
         teachers.add_row(entry.name, entry.family, *facts(entry))
@@ -53,17 +37,20 @@ def run(args: argparse.Namespace) -> int:
     for student in STUDENTS.values():
         students.add_row(student.name, student.teacher, *student_facts(student))
     weights = table("Weights", "of", "file", "found in")
-    everything: list[ZooEntry] = [*TEACHERS.values(), *STUDENTS.values(), *TOKENIZERS.values()]
-    for item in everything:
+    for item in everything():
         weights.add_row(item.name, item.file, where(item))
-    console.print(teachers, students, weights)
-    console.print("Presets: paper and release; the digits teachers have release alone", highlight=False)
-    console.print("Looked for in " + ", ".join(str(f) for f in weight_folders()), soft_wrap=True)
-    origins = sorted({item.origin for item in everything if find_weights(item) is None})
+    shown.print(teachers, students, weights)
+    shown.print("Presets: paper and release; the digits teachers have release alone")
+    shown.print("Looked for in " + ", ".join(str(f) for f in weight_folders()), soft_wrap=True)
+    origins = sorted({item.origin for item in everything() if find_weights(item) is None})
     if origins:
-        console.print("What is missing comes from " + ", ".join(origins), soft_wrap=True)
-    built = "C++ and CUDA" if _native.cuda_built() else "C++" if _native.available() else "none; torch code is used"
-    console.print(f"ddfast {__version__}, compiled code: {built}", highlight=False)
+        shown.print("What is missing comes from " + ", ".join(origins), soft_wrap=True)
+    device = choose_device("auto")
+    shown.print(
+        f"ddfast {__version__}, torch {torch.__version__}, {device}; kernels: {kernels(device)}", soft_wrap=True
+    )
+    if lack := missing_kernels(device):
+        shown.print(f"note: {lack}", soft_wrap=True)
     return 0
 
 

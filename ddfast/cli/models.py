@@ -30,73 +30,11 @@ from ..sampling import (
     plan_name,
     teacher_plan,
 )
-from .pairs import DTYPES, add_teacher_sampling, choose_device, chosen_sampling
-from .train import parse_timesteps
+from .shared import choose_device, chosen_dtype, chosen_sampling, parse_timesteps
 
 PLANS = ("steps", "timesteps", "teacher_groups", "skip", "onestep")
-SEED = 1  # pairs have 0: a student is not shown the noise that it was trained on
-SEED_HELP = "of the noise: sample i starts from that of pair i of this seed (default: 1; that of pairs is 0)"
 TOKENS_CPU, TOKENS_GPU, IMAGES = 1 << 14, 1 << 16, 500  # drawn together
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Who draws, by which plan, and how the teacher is sampled."""
-    who = parser.add_argument_group("who draws")
-    who.add_argument(
-        "--student", metavar="NAME|DIR|FILE", help="a student of `ddfast info`, a run of `ddfast train`, or a file"
-    )
-    who.add_argument("--weights", type=Path, metavar="FILE", help="its released checkpoint, if not in a weight folder")
-    who.add_argument(
-        "--copy", choices=["ema", "raw"], default="ema", help="its moving average (default) or raw weights"
-    )
-    who.add_argument(
-        "--teacher",
-        metavar="NAME|PATH",
-        help="the teacher alone, or with --student the one of --teacher-groups (default: the student's own)",
-    )
-    who.add_argument("--teacher-weights", type=Path, metavar="FILE", help="the teacher's released checkpoint")
-    who.add_argument("--tokenizer", type=Path, metavar="FILE", help="the tokenizer's checkpoint, for both")
-    plan = parser.add_argument_group("by which plan (one of these; default: --steps 1, and the whole teacher)")
-    plan.add_argument("--steps", type=int, metavar="N", help="the student's first N timesteps (Alg. 3)")
-    plan.add_argument("--timesteps", metavar="LIST", help="these groups as timesteps, e.g. 0,5 (Alg. 3)")
-    plan.add_argument(
-        "--teacher-groups",
-        metavar="A:B",
-        help="student, teacher in groups A to B - 1, student (Alg. 4); 3:5 is the paper's pre-trained-4-6",
-    )
-    plan.add_argument("--skip", type=int, metavar="N", help="the teacher without its last N groups (baseline skip-n)")
-    plan.add_argument(
-        "--onestep",
-        type=Path,
-        metavar="PAIRS",
-        help="every token by its frequency in this folder of pairs of the class (baseline onestep*, Prop. 3.1)",
-    )
-    plan.add_argument(
-        "--split", type=int, metavar="N", help="groups before it from logits, the others embeddings (the student's)"
-    )
-    how = add_teacher_sampling(parser)
-    how.add_argument(
-        "--ordinary", action="store_true", help="draw the teacher's tokens by their probabilities, without the flow"
-    )
-    how.add_argument(
-        "--released-prefix",
-        action="store_true",
-        help="VAR: run the teacher's prefix without a mask, as the released code does",
-    )
-
-
-def add_sample_arguments(parser: argparse.ArgumentParser, num: str, batch: str) -> None:
-    """Which samples, and how they are computed; ``num`` and ``batch`` tell the defaults."""
-    what = parser.add_argument_group("which samples")
-    what.add_argument(
-        "--classes", metavar="LIST", help="in turn: numbers, ranges or names, e.g. 207,3-5,goldfish (default: all)"
-    )
-    what.add_argument("-n", "--num", type=int, metavar="N", help=f"number of samples (default: {num})")
-    what.add_argument("--seed", type=int, default=SEED, help=SEED_HELP)
-    run = parser.add_argument_group("how it runs (decides only rounding)")
-    run.add_argument("--batch", type=int, metavar="B", help=batch)
-    run.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 on a GPU, else float32")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+MOST = 10**9  # samples
 
 
 def wanted(args: argparse.Namespace) -> bool:
@@ -116,29 +54,31 @@ def check_plan_options(args: argparse.Namespace) -> None:
         raise UserError(f"{options[0]} is a plan of a student; name it with --student")
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}; it must be at least 1")
-    for name in ("num", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    check_counts(args)
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed is {args.seed}; it must lie in [0, 2^63)")
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Raise UserError for a --num or --batch that cannot be."""
+    for name in ("num", "batch"):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= MOST:
+            raise UserError(f"--{name} is {value}; it must be at least 1, and at most {MOST:,}")
 
 
 def parse_groups(text: str) -> tuple[int, int]:
     """``A:B``"""
     first, colon, stop = text.partition(":")
-    if not (colon and first.isdecimal() and stop.isdecimal()):
+    if not (colon and all(part.isascii() and part.isdecimal() and len(part) < 10 for part in (first, stop))):
         raise UserError(f"--teacher-groups {text!r} is no range of groups like 3:5")
     return int(first), int(stop)
-
-
-def chosen_dtype(args: argparse.Namespace, device: torch.device) -> torch.dtype:
-    return DTYPES["bfloat16" if device.type == "cuda" else "float32"] if args.dtype == "auto" else DTYPES[args.dtype]
 
 
 def open_student(args: argparse.Namespace, device: torch.device) -> Distilled | None:
     if args.student is None:
         return None
-    dtype = chosen_dtype(args, device)
+    dtype = chosen_dtype(args.dtype, device)
     model = load_student(args.student, args.weights, args.tokenizer, copy=args.copy, dtype=dtype, device=device)
     if args.split is not None:
         if not 0 <= args.split <= len(model.student.groups):
@@ -154,7 +94,7 @@ def open_teacher(
     own_tokenizer = name in TEACHERS and TEACHERS[name].bundled or Path(name).suffix == ".safetensors"
     tokenizer = None if own_tokenizer else args.tokenizer
     try:
-        teacher = load_teacher(name, args.teacher_weights, tokenizer, chosen_dtype(args, device), device)
+        teacher = load_teacher(name, args.teacher_weights, tokenizer, chosen_dtype(args.dtype, device), device)
     except UserError as error:
         raise UserError(str(error).replace("--weights", "--teacher-weights")) from None
     sampling = chosen_sampling(args, teacher)
@@ -281,5 +221,5 @@ def facts_of(args: argparse.Namespace, sampler: Sampler, plan: Plan) -> dict[str
     if sampler.marginals is not None and not who & {STUDENT, TEACHER}:
         manifest = sampler.marginals.dataset.manifest
         facts["pairs"] = {"teacher": manifest.teacher, "num": manifest.num, "checksum": manifest.checksum}
-    facts["dtype"] = str(chosen_dtype(args, sampler.device)).removeprefix("torch.")
+    facts["dtype"] = str(chosen_dtype(args.dtype, sampler.device)).removeprefix("torch.")
     return facts

@@ -4,52 +4,31 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from .. import __version__
 from ..errors import UserError
 from ..evaluation.reference import load_reference
-from ..files import check_writable, locked
+from ..files import check_folder, locked
 from ..hardware import cpu_name
 from ..models import Distilled, load_student
 from ..pairs import PairDataset
+from ..records import read_json, restore
 from ..report import Report, Study, digits, write_page
 from ..report.plots import check_matplotlib
 from ..report.run import Examiner, Settings, Subject
-from ..sampling import Marginals
+from ..sampling import Marginals, Sampler
 from ..training.config import DIGITS
-from .eval import add_reference_arguments, check_reference, chosen_extractor
-from .models import SEED, chosen_dtype, open_teacher, parse_groups
-from .pairs import add_teacher_sampling, choose_device
-from .progress import progress_bar
+from .eval import check_reference, chosen_extractor
+from .models import open_teacher, parse_groups
+from .progress import console, progress_bar
+from .shared import announce, choose_device, chosen_dtype
 
-DESCRIPTION = """\
-Put every row of the paper's tables side by side: the teacher, the student in one and more steps (Alg. 3), with the
-teacher in between (Alg. 4), and the baselines skip-n and onestep*; and the curves: quality against passes, measured
-time, training, and the number of pairs. The page is report.html (one file), with report.md, report.json and figures/.
-
-`ddfast report digits` does all of it from nothing: pairs, students of both bundled teachers, samples, figures; about a
-quarter of an hour on two cores with one seed. What is made stays in --out, so the same command goes on where it was
-interrupted.
-
-For any other teacher, give it with its students, each of another seed and alike but for that; their runs' checkpoints
-make the curve over training."""
-
-EPILOG = """\
-examples:
-  ddfast report digits --out report/
-  ddfast report digits --teachers digits-var --seeds 3 --out report/
-  ddfast report --teacher digits-var --student runs/digits-var --pairs pairs/ --digits --out report/
-  ddfast report --teacher var-d16 --student var-dd-d16 --pairs pairs/ --num 50000 --out report/ \\
-    --reference VIRTUAL_imagenet256_labeled.npz --inception weights-inception-2015-12-05-6726825d.pth
-"""
-
+OWN = ("pairs", "runs", "figures", "report.html", "report.md", "report.json", "*-compare.png")
 NOTES = [
     "Every way starts from the same noise; a sample's class is its number modulo the classes.",
     "Milliseconds count everything from noise to pixels, in batches of the size named, by the first student.",
@@ -59,59 +38,10 @@ NOTES = [
 ]
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "report",
-        help="the paper's tables and curves for a teacher and its students",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", nargs="?", choices=["digits"], help="digits: both bundled teachers, from nothing")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the page")
-    own = parser.add_argument_group("report digits")
-    own.add_argument("--teachers", metavar="LIST", help="default: digits-var,digits-llamagen")
-    own.add_argument("--seeds", type=int, metavar="N", help="students of each teacher (default: 1)")
-    own.add_argument("--num-pairs", type=int, metavar="N", help="pairs they train on (default: 20000)")
-    own.add_argument("--steps-scale", type=float, metavar="X", help="multiplies the recipe's steps (default: 1)")
-    other = parser.add_argument_group("any teacher")
-    other.add_argument("--teacher", metavar="NAME|PATH", help="a teacher of `ddfast info`, or a bundle.safetensors")
-    other.add_argument("--teacher-weights", type=Path, metavar="FILE", help="its released checkpoint")
-    other.add_argument("--student", action="append", metavar="NAME|DIR|FILE", help="its student; one for each seed")
-    other.add_argument("--weights", type=Path, metavar="FILE", help="the student's released checkpoint")
-    other.add_argument("--tokenizer", type=Path, metavar="FILE", help="the tokenizer's checkpoint, for both")
-    other.add_argument("--pairs", type=Path, metavar="DIR", help="the teacher's pairs, for onestep*")
-    other.add_argument(
-        "--by-pairs",
-        action="append",
-        type=Path,
-        metavar="RUN",
-        help="a run on another number of pairs, for that curve; repeat it",
-    )
-    add_reference_arguments(other)
-    how = parser.add_argument_group("how it is measured")
-    how.add_argument("-n", "--num", type=int, metavar="N", help="samples a figure (default: 5000)")
-    how.add_argument(
-        "--teacher-num",
-        type=int,
-        metavar="N",
-        help="samples of the teacher behind FD_T (default: --num, of digits four times that)",
-    )
-    how.add_argument("--teacher-groups", action="append", metavar="A:B", help="of Alg. 4; repeat it (default: four)")
-    how.add_argument("--skip", action="append", type=int, metavar="N", help="of skip-n; repeat it (default: two)")
-    how.add_argument("--time-batches", default="1,64", metavar="LIST", help="batches that are timed (default: 1,64)")
-    how.add_argument("--batch", type=int, metavar="B", help="images drawn together (default: 500 digits, else 16)")
-    how.add_argument("--seed", type=int, default=SEED, help="of the noise (default: 1; that of pairs is 0)")
-    how.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add_teacher_sampling(parser)
-    parser.set_defaults(func=run, ordinary=False, released_prefix=False, copy="ema", split=None)
-
-
 def run(args: argparse.Namespace) -> int:
     check_matplotlib()
     check_options(args)
-    check_writable(args.out)
+    check_folder(args.out, "report", names=OWN)
     args.out.mkdir(parents=True, exist_ok=True)
     with locked(args.out):
         studies = digits_studies(args) if args.what else [other_study(args)]
@@ -153,7 +83,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     small = args.digits
     num = args.num or 5000
     batches = args.time_batches.split(",")
-    if not all(b.strip().isdecimal() and int(b) > 0 for b in batches):
+    if not all(b.strip().isascii() and b.strip().isdecimal() and 0 < int(b) < 10**6 for b in batches):
         raise UserError(f"--time-batches {args.time_batches!r} is no list of batches like 1,64")
     return Settings(
         num=num,
@@ -173,13 +103,15 @@ def digits_studies(args: argparse.Namespace) -> list[Study]:
     plan = digits.DigitsPlan(
         args.out, names, device=args.device, **{name: value for name, value in given.items() if value is not None}
     )
-    console = Console(stderr=True)
-    with progress_bar(console) as bar:
-        jobs = bar.add_task("pairs and students", total=len(plan.making()) + len(plan.training()))
+    shown = console()
+    commands = len(plan.making()) + len(plan.training())
+    shown.print(f"{commands} commands make the pairs and students of {', '.join(names)} in {args.out}", soft_wrap=True)
+    with progress_bar(shown) as bar:
+        jobs = bar.add_task("pairs and students", total=commands)
 
         def told(name: str) -> None:
             bar.advance(jobs)
-            console.print(f"made: {name}", highlight=False)
+            shown.print(f"made: {name}", soft_wrap=True)
 
         digits.prepare(plan, told)
     studies = []
@@ -196,7 +128,7 @@ def opened(args: argparse.Namespace, name: str | Path) -> Distilled:
     """A student, as the command line has it computed."""
     device = choose_device(args.device)
     tokenizer = None if Path(name).exists() else args.tokenizer
-    return load_student(name, args.weights, tokenizer, dtype=chosen_dtype(args, device), device=device)
+    return load_student(name, args.weights, tokenizer, dtype=chosen_dtype(args.dtype, device), device=device)
 
 
 def other_study(args: argparse.Namespace) -> Study:
@@ -219,11 +151,17 @@ def study(
     device = choose_device(args.device)
     extractor = chosen_extractor(args, device)
     marginals = None if pairs is None else Marginals(PairDataset(pairs))
-    subject = Subject(students, open_teacher(args, args.teacher, device, students[0]), marginals, runs, by_pairs)
-    facts: dict[str, Any] = {"dtype": str(chosen_dtype(args, device)).removeprefix("torch.")}
+    drawing = open_teacher(args, args.teacher, device, students[0])
+    Sampler(students[0], drawing, marginals)  # refuses what does not belong together
+    subject = Subject(students, drawing, marginals, runs, by_pairs)
+    facts: dict[str, Any] = {"dtype": str(chosen_dtype(args.dtype, device)).removeprefix("torch.")}
     if marginals is not None:
         facts["pairs"] = marginals.dataset.manifest.num
-    with progress_bar(Console(stderr=True)) as bar:
+    what = (
+        f"study of {args.teacher}, {len(students)} students, {settings_of(args).num:,} samples a figure, to {args.out}"
+    )
+    announce(console(), what, device, facts["dtype"], settings_of(args).batch)
+    with progress_bar(console()) as bar:
         task, settings = bar.add_task(args.teacher), settings_of(args)
 
         def told(stage: str, done: int, total: int) -> None:
@@ -236,10 +174,16 @@ def study(
 def pairs_of(run: Path) -> int:
     """How many pairs a run trained on, as its config.json says."""
     try:
-        note = json.loads((run / "config.json").read_text())
-        return int(note["num_pairs"]) - int(note["config"]["holdout"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run} does not say how many pairs it trained on; is it a run of `ddfast train`?") from error
+        note = restore(dict[str, Any], read_json(run / "config.json"), "config.json")
+        config = restore(dict[str, Any], note.get("config"), "config")
+        num, holdout = restore(int, note.get("num_pairs"), "num_pairs"), restore(int, config.get("holdout"), "holdout")
+    except UserError as error:
+        raise UserError(
+            f"{run} does not say how many pairs it trained on; is it a run of `ddfast train`? ({error})"
+        ) from error
+    if not 0 < holdout < num:
+        raise UserError(f"{run} says that {holdout} of its {num} pairs were held out, which cannot be")
+    return num - holdout
 
 
 def hardware(device: torch.device) -> str:

@@ -14,10 +14,12 @@ from ddfast.digits.data import NUM_CLASSES, Batches, Digits, augment
 from ddfast.digits.loop import Progress, Schedule, fit, seeded
 from ddfast.errors import UserError
 from ddfast.evaluation.statistics import FeatureStatistics, feature_statistics
-from ddfast.files import write_atomic
-from ddfast.models.checkpoints import content_hash, read_safetensors
+from ddfast.files import replacing
+from ddfast.records import check_signature, restore, signed
+from ddfast.tensors import check_finite, content_hash, read_note, read_safetensors
 
-FILE = "digits-classifier.safetensors"
+NAME = "digits-classifier"
+FILE = f"{NAME}.safetensors"
 FEATURES = 64
 SCHEDULE = Schedule(steps=700, weight_decay=0.05)
 AUGMENTATION = 1.25  # a little beyond what the teachers see, so that samples at the edge are still recognised
@@ -117,8 +119,9 @@ def save_classifier(path: Path, model: DigitsClassifier, train: Digits) -> None:
     reference = reference_statistics(model, train)
     tensors = {f"classifier.{key}": value for key, value in rounded.items()}
     tensors |= {"reference.mean": reference.mean, "reference.covariance": reference.covariance}
-    header = {"name": "digits-classifier", "count": reference.count, "sha256": content_hash(tensors)}
-    write_atomic(path, save(tensors, {"ddfast": json.dumps(header, sort_keys=True)}))
+    header = signed({"name": NAME, "count": reference.count, "sha256": content_hash(tensors)})
+    with replacing(path) as file:
+        file.write(save(tensors, {"ddfast": json.dumps(header, sort_keys=True)}))
 
 
 def load_classifier(path: Path) -> tuple[DigitsClassifier, FeatureStatistics]:
@@ -127,13 +130,22 @@ def load_classifier(path: Path) -> tuple[DigitsClassifier, FeatureStatistics]:
     Raises UserError for a file that is missing, damaged or something else.
     """
     metadata, tensors = read_safetensors(path)
-    header = json.loads(metadata.get("ddfast", "{}"))
-    if header.get("name") != "digits-classifier":
-        raise UserError(f"{path} is no digits classifier; `ddfast digits train --only classifier` makes one")
+    what = "digits classifier; `ddfast digits train --only classifier` makes one"
+    header = read_note(path, metadata, what)
+    if header.get("name") != NAME:
+        raise UserError(f"{path} is no {what}")
     if header.get("sha256") != content_hash(tensors):
         raise UserError(f"{path} is damaged: its tensors do not match their checksum; copy it again")
+    if "checksum" in header:
+        check_signature(header, f"the header of {path}", "copy it again")
+    count = restore(int, header.get("count"), f"the header of {path}: count")
+    check_finite(tensors, path)
     model = DigitsClassifier()
     prefix = "classifier."
-    model.load_state_dict({key.removeprefix(prefix): t.float() for key, t in tensors.items() if key.startswith(prefix)})
-    reference = FeatureStatistics(tensors["reference.mean"], tensors["reference.covariance"], header["count"])
+    own = {key.removeprefix(prefix): t.float() for key, t in tensors.items() if key.startswith(prefix)}
+    try:
+        model.load_state_dict(own)
+        reference = FeatureStatistics(tensors["reference.mean"], tensors["reference.covariance"], count)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{path} holds another network than the digits classifier; copy it again") from error
     return model.requires_grad_(False).eval(), reference

@@ -27,7 +27,7 @@ from ddfast.digits.teachers import RECIPES, train_teacher
 from ddfast.digits.tokenizer import round_trip_psnr
 from ddfast.errors import UserError
 from ddfast.evaluation.statistics import FeatureStatistics
-from ddfast.files import write_atomic
+from ddfast.files import is_file, write_atomic
 from ddfast.models.checkpoints import Part, load_bundle, make_part, save_bundle
 from ddfast.models.digits import DigitsTokenizer
 from ddfast.models.distilled import Distilled, load_student
@@ -83,7 +83,7 @@ def measure_files(folder: Path, names: tuple[str, ...]) -> Report:
     The classifier comes from ``folder`` or, where it has none, from ddfast's own weights.
     """
     path = folder / CLASSIFIER_FILE
-    classifier, reference = load_classifier(path if path.exists() else BUNDLED / CLASSIFIER_FILE)
+    classifier, reference = load_classifier(path if is_file(path) else BUNDLED / CLASSIFIER_FILE)
     _, test = load_digits()
     report: Report = {}
     for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from ..pictures import grid
 from .features import FeatureExtractor, Measured, measure
 from .images import ImageSource
 from .metrics import NEIGHBOURS, SPLIT, inception_score, precision_recall
+from .names import JSON_FILE, PICTURE_FILE, TABLE_FILE
 from .reference import Progress, Reference, quiet
 from .statistics import frechet_distance
 
 FEW = 2  # times the number of features: fewer samples are called few
 NAMED_CLASSES = 20  # up to here a result counts every class
 PICTURES, COLUMNS = 60, 10
-JSON_FILE, TABLE_FILE, PICTURE_FILE = "eval.json", "eval.md", "samples.png"
 
 
 def evaluate(
@@ -52,7 +53,11 @@ def evaluate(
         raise UserError("a Frechet distance needs at least two samples; there is one")
     measured = measure(source.batches(batch), extractor, 1, lambda done: progress("samples", done, len(source)))
     labels = source.labels
-    return judge(measured, labels, reference, extractor) | {
+    found = judge(measured, labels, reference, extractor)
+    alike = ["all samples have the same features: they are alike"] * bool(
+        (measured.features == measured.features[0]).all()
+    )
+    return found | {
         "samples": len(source),
         "class_mix": None if labels is None else class_mix(labels),
         "source": source.facts(),
@@ -60,7 +65,7 @@ def evaluate(
         "extractor": extractor.facts(),
         "settings": {"neighbours": NEIGHBOURS, "inception_score_split": SPLIT},
         "versions": {"ddfast": __version__, "torch": torch.__version__},
-        "warnings": warnings(source, reference, extractor),
+        "warnings": alike + warnings(source, reference, extractor),
     }
 
 
@@ -76,7 +81,7 @@ def judge(
         precision, recall = precision_recall(measured.features.to(device), reference.features.to(device))
     if labels_N is not None and extractor.names_labels and int(labels_N.max()) < extractor.num_classes:
         right = accuracy(measured.logits, labels_N)
-    return {
+    found = {
         "frechet_distance": frechet_distance(measured.pool, reference.pool),
         "spatial_frechet_distance": spatial,
         "inception_score": inception_score(measured.logits),
@@ -84,6 +89,12 @@ def judge(
         "recall": recall,
         "accuracy": right,
     }
+    for name, value in found.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(
+                f"{name} comes out as {value}: the reference's statistics or the features are out of all range"
+            )
+    return found
 
 
 def enough(samples: int, reference: Reference) -> bool:
@@ -110,6 +121,12 @@ def warnings(source: ImageSource, reference: Reference, extractor: FeatureExtrac
     if not enough(len(source), reference):
         why = reference.missing or f"they need more than {NEIGHBOURS} images of each side"
         lines.append(f"precision and recall are left out: {why}")
+    labels = source.labels
+    if labels is not None and extractor.names_labels and int(labels.max()) >= extractor.num_classes:
+        lines.append(
+            f"accuracy is left out: label {int(labels.max())} is no class of the {extractor.name}, which has 0 to "
+            f"{extractor.num_classes - 1}"
+        )
     side = reference.facts.get("size", source.size)
     if side != source.size:
         lines.append(f"the samples are {source.size} pixels wide, the reference's images {side}")
@@ -150,12 +167,12 @@ def _said(record: Mapping[str, Any]) -> str:
 
 def print_result(result: Mapping[str, Any], console: Console | None = None) -> None:
     """The figures as a table, warnings below it."""
-    rows, console = figures(result), console or Console()
+    rows, console = figures(result), console or Console(markup=False, highlight=False, emoji=False)
     table = Table("samples", *(label for label, _ in rows), title=f"{result['extractor']['network']}")
     table.add_row(str(result["samples"]), *(value for _, value in rows))
     console.print(table)
     for line in result["warnings"]:
-        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {line}", soft_wrap=True)
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -175,9 +192,9 @@ def write_result(folder: Path, result: Mapping[str, Any], pictures_B3HW: Tensor,
         pictures_B3HW: uint8, the first samples.
         captions: one each.
     """
+    write_atomic(folder / JSON_FILE, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(folder / TABLE_FILE, markdown(result).encode(errors="backslashreplace"))
     grid(pictures_B3HW.float() / 255, captions, COLUMNS, folder / PICTURE_FILE)
-    write_atomic(folder / TABLE_FILE, markdown(result).encode())
-    write_atomic(folder / JSON_FILE, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def first_pictures(source: ImageSource) -> tuple[Tensor, list[str]]:

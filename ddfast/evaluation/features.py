@@ -22,9 +22,10 @@ from ..errors import UserError
 from ..files import file_sha256
 from ..models.checkpoints import read_tensors, shortened
 from ..models.zoo import BUNDLED
+from ..tensors import check_finite
+from .names import INCEPTION_FILE
 from .statistics import FeatureStatistics, RunningStatistics
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # its name ends in the first digits of its SHA-256
 INCEPTION_ORIGIN = "github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 SPATIAL_LAYER, SPATIAL_CHANNELS = "Mixed_6d.branch1x1", 7  # TensorFlow's mixed_6/conv
 _declared: list[torch.library.Library] = []  # what is declared lives as long as this
@@ -112,7 +113,9 @@ def load_inception(weights: Path, device: torch.device | str = "cpu") -> Incepti
     """
     fidelity = import_fidelity()
     stream = io.BytesIO()
-    torch.save(read_tensors(weights), stream)  # torch-fidelity's own loader would run code from the file
+    tensors = read_tensors(weights)
+    check_finite(tensors, weights)
+    torch.save(tensors, stream)  # torch-fidelity's own loader would run code from the file
     stream.seek(0)
     try:
         network = fidelity.FeatureExtractorInceptionV3(

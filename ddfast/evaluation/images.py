@@ -5,11 +5,11 @@ That .npz holds ``arr_0`` uint8 [N, H, W, 3] and, where labels are known, ``arr_
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +23,17 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError, WorkError
-from ..files import writing
+from ..files import check_file, replacing, require_file, say_once
+from ..records import check_signature, read_json, restore
 
-ENDINGS = (".jpeg", ".jpg", ".png", ".webp")
+PNG_ENDING = ".png"
+ENDINGS = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", PNG_ENDING, ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")  # Pillow tries no other, whatever a name says
+UNREAD = (".avif", ".eps", ".gif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".pcx", ".psd", ".svg", ".tga")
 IMAGES, LABELS = "arr_0", "arr_1"
 MANIFEST = "sampling.json"  # what `ddfast sample` says of its folder
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every member, so that the bytes are a function of the input
-DAMAGE = (OSError, EOFError, ValueError, KeyError, SyntaxError, zipfile.BadZipFile, zlib.error)
+MOST_CLASSES = 1 << 31
 
 
 class ImageSource(Protocol):
@@ -64,7 +68,7 @@ def open_images(path: Path) -> ImageSource:
         raise UserError(f"{path} does not exist; name a folder of pictures or an .npz")
     if path.is_dir():
         return _open_folder(path)
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         raise UserError(f"{path} is neither a folder of pictures nor an .npz")
     return _open_npz(path)
 
@@ -73,25 +77,48 @@ def open_images(path: Path) -> ImageSource:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """What ``sampling.json`` says of a folder of ``ddfast sample``.
+
+    Attributes:
+        num: of images, in turn of ``classes``, out of ``num_classes``.
+        record: all of it.
+    """
+
+    classes: tuple[int, ...] | None
+    num_classes: int
+    num: int
+    record: dict[str, Any]
+
+    def labels(self, count: int) -> Tensor:
+        """int64 [count]"""
+        in_turn = torch.arange(self.num_classes) if self.classes is None else torch.tensor(self.classes)
+        return in_turn[torch.arange(count) % len(in_turn)]
+
+
+@dataclass(frozen=True)
 class FolderImages:
     """The pictures of a folder, in natural order of their names: 2.png before 10.png.
 
     Attributes:
-        sampling: what ``ddfast sample`` says of its own, labels included.
+        sampling: what ``ddfast sample`` says of its own.
     """
 
     path: Path
     files: tuple[Path, ...]
     size: int
-    sampling: dict[str, Any] | None
-    labels: Tensor | None = None
+    sampling: Sampling | None
 
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def labels(self) -> Tensor | None:
+        return None if self.sampling is None else self.sampling.labels(len(self))
+
     def facts(self) -> dict[str, Any]:
         facts = {"path": str(self.path), "images": len(self), "size": self.size}
-        return facts if self.sampling is None else facts | {"sampling": self.sampling}
+        return facts if self.sampling is None else facts | {"sampling": self.sampling.record}
 
     def batches(self, n: int) -> Iterator[Tensor]:
         for first in range(0, len(self), n):
@@ -99,49 +126,81 @@ class FolderImages:
 
 
 def _open_folder(folder: Path) -> FolderImages:
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in ENDINGS), key=_natural)
+    entries = sorted(folder.iterdir(), key=_natural)
+    files = [p for p in entries if p.suffix.lower() in ENDINGS]
     if not files:
         raise UserError(f"{folder} holds no picture ({', '.join(ENDINGS)}) of its own; folders inside are not searched")
+    unread = [p for p in entries if p.suffix.lower() in UNREAD]
+    if unread:
+        raise UserError(
+            f"{folder} holds {len(unread)} pictures that are not read, such as {unread[0].name}, beside "
+            f"{len(files)} that are: save them as PNG, or move them away"
+        )
+    if inside := [p.name for p in entries if p.is_dir() and any(q.suffix.lower() in ENDINGS for q in p.iterdir())]:
+        say_once(f"{folder} holds folders with pictures of their own, such as {inside[0]}; these are not searched")
     side = 0
     for file in files:
-        with _opened(file) as image:
+        with opened(file, check=True) as image:
             if image.mode not in ("RGB", "L"):
                 raise UserError(f"{file} is a picture of mode {image.mode}; save it as RGB or gray (L)")
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise UserError(f"{file} holds {frames} pictures; save one a file")
             width, height = image.size
             if width != height:
                 raise UserError(f"{file} is {width}x{height}; crop and resize the pictures to squares of one size")
             side = side or width
             if width != side:
                 raise UserError(f"{file} is {width}x{width}, the pictures before it {side}x{side}; resize them alike")
-    sampling = _sampling(folder, len(files))
-    labels = None
-    if sampling is not None:
-        classes = sampling["classes"]
-        in_turn = torch.arange(sampling["num_classes"]) if classes == "all" else torch.tensor(classes)
-        labels = in_turn[torch.arange(len(files)) % len(in_turn)]
-    return FolderImages(folder, tuple(files), side, sampling, labels)
+    sampling = read_sampling(folder)
+    if sampling is None and os.path.lexists(folder / MANIFEST):
+        say_once(f"{folder / MANIFEST} is not of `ddfast sample`, so the pictures have no labels")
+    if sampling is not None and sampling.num != len(files):
+        raise UserError(f"{folder} holds {len(files)} pictures of {sampling.num}; run its `ddfast sample` once more")
+    return FolderImages(folder, tuple(files), side, sampling)
 
 
-def _sampling(folder: Path, count: int) -> dict[str, Any] | None:
-    """What ``ddfast sample`` left in its folder; UserError where it was interrupted."""
-    if not (folder / MANIFEST).exists():
+def read_sampling(folder: Path) -> Sampling | None:
+    """What the ``sampling.json`` of a folder says; None where there is none, or it is of something else.
+
+    Raises UserError where it is damaged.
+    """
+    path, fix = folder / MANIFEST, "draw the images again"
+    if not os.path.lexists(path):
         return None
-    record = read_manifest(folder)
-    if record["num"] != count:
-        raise UserError(f"{folder} holds {count} pictures of {record['num']}; run its `ddfast sample` once more")
-    return record
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The ``sampling.json`` of a folder of ``ddfast sample``; UserError where it is damaged."""
-    path = folder / MANIFEST
     try:
-        record = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); draw the images again") from error
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}); {fix}") from error
+    if not isinstance(record, dict) or not {"classes", "num_classes", "num"} & record.keys():
+        return None
     if missing := {"classes", "num_classes", "num"} - record.keys():
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; draw the images again")
-    return record
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; {fix}")
+    if "checksum" in record:
+        check_signature(record, path, fix)
+        del record["checksum"]
+    every = record["classes"] == "all"
+    classes = None if every else restore(tuple[int, ...], record["classes"], f"{path}: classes")
+    num, num_classes = (restore(int, record[name], f"{path}: {name}") for name in ("num", "num_classes"))
+    if not 1 <= num_classes <= MOST_CLASSES or num < 1 or classes is not None and not classes:
+        raise UserError(f"{path} says {num} images of {num_classes} classes; {fix}")
+    if wrong := [label for label in classes or () if not 0 <= label < num_classes]:
+        raise UserError(f"{path} says class {wrong[0]} of {num_classes}; {fix}")
+    return Sampling(classes, num_classes, num, record)
+
+
+def is_sound(file: Path, side: int) -> bool | None:
+    """Whether a PNG is whole and of ``side`` pixels; None where there is none.
+
+    Raises UserError for something else than a file.
+    """
+    if not os.path.lexists(file):
+        return None
+    require_file(file)
+    try:
+        with opened(file, check=True) as image:
+            return image.format == "PNG" and image.size == (side, side)
+    except UserError:
+        return False
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:
@@ -151,22 +210,41 @@ def _natural(path: Path) -> list[tuple[int, int | str]]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
-    try:
-        image = Image.open(file)
-    except DAMAGE as error:
-        raise UserError(f"{file} cannot be read as a picture; is it complete? ({error})") from error
-    with image:
-        yield image
+def opened(file: Path, check: bool = False) -> Iterator[Image.Image]:
+    """A picture; any damage met before it is closed becomes a UserError.
+
+    ``check``: compare the checksums of a PNG first, which decoding does not.
+
+    Raises OSError where it cannot be read, though it may be sound.
+    """
+    require_file(file)
+    with open(file, "rb") as stream, damage(file, "a picture"):
+        if check:
+            with Image.open(stream, formats=FORMATS) as image:
+                image.verify()
+            stream.seek(0)
+        with Image.open(stream, formats=FORMATS) as image:
+            yield image
 
 
 def _pixels(file: Path) -> Tensor:
     """uint8 [3, H, W]"""
-    with _opened(file) as image:
-        try:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except DAMAGE as error:
-            raise UserError(f"{file} cannot be read as a picture; is it complete? ({error})") from error
+    with opened(file) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+@contextmanager
+def damage(file: Path, what: str) -> Iterator[None]:
+    """Whatever a damaged file makes of the library that reads it becomes a UserError; what the system says passes."""
+    try:
+        yield
+    except (UserError, MemoryError, WorkError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} cannot be read as {what}; is it complete? ({reason})") from error
 
 
 # --- an .npz
@@ -196,6 +274,8 @@ class NpzImages:
                 data = bytearray(file.read(b * row))
                 if len(data) < b * row:
                     raise EOFError(f"it ends in image {first + len(data) // row} of {self.count}")
+                if first + b == self.count and file.read(1):  # at the end zipfile compares the checksum
+                    raise EOFError(f"it goes on behind its {self.count} images")
                 pixels = torch.frombuffer(data, dtype=torch.uint8).view(b, self.size, self.size, 3)
                 yield pixels.permute(0, 3, 1, 2)
 
@@ -206,35 +286,49 @@ def _open_npz(path: Path) -> NpzImages:
             raise UserError(f"{path} holds no images: it has no {IMAGES}, only {', '.join(keys(archive))}")
         with archive.open(f"{IMAGES}.npy") as file:
             shape, dtype = read_header(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or 0 in shape:
+            begin = file.tell()
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or min(shape) < 1:
             raise UserError(f"{IMAGES} of {path} is {dtype} {list(shape)}; images are uint8 [N, side, side, 3], N >= 1")
+        have = archive.getinfo(f"{IMAGES}.npy").file_size - begin
+        if have != shape[0] * shape[1] * shape[2] * 3:
+            raise UserError(
+                f"{IMAGES} of {path} has {have} bytes, and its header says {list(shape)}: it is damaged; copy it again"
+            )
         labels = _labels(archive, path, shape[0]) if f"{LABELS}.npy" in archive.namelist() else None
     return NpzImages(path, shape[0], shape[1], labels)
 
 
 def _labels(archive: zipfile.ZipFile, path: Path, count: int) -> Tensor:
-    with archive.open(f"{LABELS}.npy") as file:
-        labels = npy.read_array(file, allow_pickle=False)
+    labels = read_member(archive, LABELS)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise UserError(f"{LABELS} of {path} is {labels.dtype} {list(labels.shape)}; labels are {count} integers")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES:
+        raise UserError(
+            f"{LABELS} of {path} holds labels from {labels.min()} to {labels.max()}; labels are classes, from 0 on"
+        )
     return torch.from_numpy(labels.astype(np.int64))
 
 
 @contextmanager
 def reading_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open an .npz; any damage met before it is closed becomes a UserError."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except UserError:
-        raise
-    except DAMAGE as error:
-        raise UserError(f"{path} cannot be read as an .npz; is it complete? ({error})") from error
+    require_file(path)
+    with open(path, "rb") as file, damage(path, "an .npz"), zipfile.ZipFile(file) as archive:
+        yield archive
 
 
 def keys(archive: zipfile.ZipFile) -> list[str]:
     """Names of the arrays of an .npz."""
     return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray[Any, Any]:
+    """An array of an .npz, its checksum compared and nothing left over; no pickles."""
+    data = io.BytesIO(archive.read(f"{name}.npy"))
+    array: np.ndarray[Any, Any] = npy.read_array(data, allow_pickle=False)
+    if data.read(1):
+        raise ValueError(f"{name} is shorter than its file")
+    return array
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -244,6 +338,17 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if fortran and len(shape) > 1:
         raise ValueError("its arrays are in Fortran order; save them with numpy.ascontiguousarray")
     return shape, dtype
+
+
+def check_npz(path: Path, holds: Iterable[str] = (IMAGES, LABELS), what: str = "an .npz of images") -> None:
+    """The rule for an .npz that is to be written: absent, or one of the same arrays, which is replaced."""
+
+    def is_ours(path: Path) -> bool:
+        with contextlib.suppress(UserError), reading_npz(path) as archive:
+            return set(keys(archive)) <= set(holds)
+        return path.stat().st_size == 0
+
+    check_file(path, what, is_ours)
 
 
 def write_npz(path: Path, count: int, side: int, batches: Iterable[Tensor], labels: Tensor | None = None) -> None:
@@ -258,9 +363,8 @@ def write_npz(path: Path, count: int, side: int, batches: Iterable[Tensor], labe
     Raises:
         WorkError: the batches hold fewer or more images, or images of another size or type.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     done = 0
-    with writing(path, os.replace) as file, zipfile.ZipFile(file, "w") as archive:
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open(_member(IMAGES), "w", force_zip64=True) as out:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, side, side, 3)}
             npy.write_array_header_1_0(out, header)

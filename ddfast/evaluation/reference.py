@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,14 @@ from torch import Tensor
 from ..digits.classifier import extract, reference_images
 from ..digits.data import load_digits
 from ..errors import UserError
-from ..files import file_sha256, writing
+from ..files import file_sha256, replacing
 from .features import DigitsFeatures, FeatureExtractor, measure
-from .images import IMAGES, keys, open_images, reading_npz
+from .images import IMAGES, check_npz, keys, open_images, read_member, reading_npz
+from .names import DIGITS
 from .statistics import FeatureStatistics
 
-DIGITS = "digits"
+STORED = ("mu", "sigma", "mu_s", "sigma_s", "count", "network")
+ROUNDING = 1e-6  # of a covariance's largest entry or eigenvalue: its files are float32 at times
 MOST_FEATURES = 50_000  # kept of a reference: distances to a million images would take days
 Progress = Callable[[str, int, int], None]
 """``progress(stage, done, total)``: how many images of a stage are through the network."""
@@ -107,12 +108,12 @@ def _digits(extractor: FeatureExtractor) -> Reference:
 
 def _stored(path: Path, extractor: FeatureExtractor) -> dict[str, Any]:
     """The arrays of an .npz but its images, which are named only; UserError for statistics of another network."""
-    if not path.is_file() or path.suffix != ".npz":
+    if path.suffix.lower() != ".npz":
         raise UserError(f"{path} is no reference; name a folder of pictures or an .npz")
     arrays: dict[str, Any] = {}
-    with reading_npz(path) as archive, np.load(path, allow_pickle=False) as data:
+    with reading_npz(path) as archive:
         for name in keys(archive):
-            arrays[name] = data[name] if name in ("mu", "sigma", "mu_s", "sigma_s", "count", "network") else None
+            arrays[name] = read_member(archive, name) if name in STORED else None
     for name, wanted in (("mu", extractor.num_features), ("mu_s", extractor.num_spatial)):
         if name in arrays and arrays[name].shape != (wanted,):
             raise UserError(
@@ -132,14 +133,44 @@ def _gaussian(stored: dict[str, Any], mean: str, covariance: str, path: Path) ->
     if mu is None or sigma is None or mu.ndim != 1 or sigma.shape != 2 * mu.shape:
         shapes = [None if a is None else list(a.shape) for a in (mu, sigma)]
         raise UserError(f"{mean} and {covariance} of {path} are {shapes[0]} and {shapes[1]}; expected [D] and [D, D]")
-    if any(a.dtype.kind != "f" or not np.isfinite(a).all() for a in (mu, sigma)):
+    if any(a.dtype.kind not in "fiu" or not np.isfinite(a).all() for a in (mu, sigma)):
         raise UserError(f"{mean} and {covariance} of {path} are not all finite numbers; copy it again")
-    count = stored.get("count")
+    check_covariance(sigma, f"{covariance} of {path}")
     return FeatureStatistics(
-        torch.from_numpy(mu.astype(np.float64)),
-        torch.from_numpy(sigma.astype(np.float64)),
-        None if count is None else int(count),
+        torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64)), _count(stored, path)
     )
+
+
+def check_covariance(sigma_DD: np.ndarray[Any, Any], name: str) -> None:
+    """Raise UserError unless a matrix can be a covariance: symmetric, without negative eigenvalues, not all zeros."""
+    sigma = torch.from_numpy(sigma_DD.astype(np.float64))
+    largest = float(sigma.abs().max())
+    if not largest:
+        raise UserError(f"{name} is all zeros: all images of that reference would be alike; measure images instead")
+    if float((sigma - sigma.T).abs().max()) > ROUNDING * largest:
+        raise UserError(f"{name} is not symmetric, so it is no covariance; write the whole matrix, not one triangle")
+    values = torch.linalg.eigvalsh(sigma)
+    if float(values[0]) < -ROUNDING * max(1.0, len(values) ** 0.5) * float(values.abs().max()):
+        raise UserError(f"{name} has the negative eigenvalue {float(values[0]):.3g}, so it is no covariance")
+
+
+def _count(stored: dict[str, Any], path: Path) -> int | None:
+    """How many images a file says are behind its statistics."""
+    count = stored.get("count")
+    if count is None:
+        return None
+    if count.shape != () or count.dtype.kind not in "iu" or int(count) < 2:
+        raise UserError(f"count of {path} is {count.dtype} {count.tolist()}; it is one number of images, at least 2")
+    return int(count)
+
+
+def check_saved(path: Path) -> None:
+    """The rule for a file of :func:`save_reference`: absent, or one of these; never images, nor others' statistics."""
+    check_npz(path, STORED, "a reference of --save-reference")
+    if path.exists() and path.stat().st_size:
+        with reading_npz(path) as archive:
+            if "network" not in keys(archive):
+                raise UserError(f"{path} exists and is no reference of --save-reference; choose another name")
 
 
 def save_reference(path: Path, reference: Reference, extractor: FeatureExtractor) -> None:
@@ -152,6 +183,5 @@ def save_reference(path: Path, reference: Reference, extractor: FeatureExtractor
         arrays |= {"mu_s": reference.spatial.mean.numpy(), "sigma_s": reference.spatial.covariance.numpy()}
     if reference.pool.count is not None:
         arrays["count"] = reference.pool.count
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path, os.replace) as file:
+    with replacing(path) as file:
         np.savez(file, **arrays)

@@ -67,8 +67,8 @@ class DrawnImages(ABC):
 
     def batches(self, n: int) -> Iterator[Tensor]:
         """All images in order, uint8 [b, 3, H, W] with b = ``n`` but for the last."""
-        for samples in torch.arange(self.num).split(n):
-            yield self.draw(samples)
+        for first in range(0, self.num, n):
+            yield self.draw(torch.arange(first, min(first + n, self.num)))
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ class LogitFilter:
         """Whether top_p is on."""
         return self.top_p is not None and self.top_p != (0 if self.rule == "var" else 1)
 
+    @property
+    def keeps_one(self) -> bool:
+        """Whether one token of every distribution is left, up to ties, so that nothing depends on chance."""
+        return self.top_k == 1 or self.rule == "llamagen" and self.top_p == 0
+
     def to_dict(self) -> dict[str, float | int | str | None]:
         """The fields as JSON-able values; ``LogitFilter(**d)`` restores the filter."""
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "rule": self.rule}

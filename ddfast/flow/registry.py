@@ -14,12 +14,10 @@ from typing import Any
 from ddfast.errors import UserError
 from ddfast.flow.dpm import DPMSolver
 from ddfast.flow.multistep import AdamsSolver
+from ddfast.flow.names import DEFAULT_NFE, DEFAULT_SOLVER, SOLVER_NAMES
 from ddfast.flow.reference import ExactSolver
 from ddfast.flow.schedules import adams_knots
 from ddfast.flow.solver import Solver, check_count
-
-DEFAULT_SOLVER = "adams"
-DEFAULT_NFE: Mapping[str, int] = {"adams": 16, "precise": 48, "dpmpp-3m": 10, "dpmpp-3m-lower": 10, "euler": 10}
 
 
 def _adams(nfe: int) -> Solver:
@@ -68,6 +66,7 @@ SOLVERS: Mapping[str, Callable[[int], Solver]] = {
     "euler": _euler,
     "exact": lambda nfe: ExactSolver(),
 }
+assert tuple(SOLVERS) == SOLVER_NAMES
 _KINDS: dict[str, type[Solver]] = {kind.kind: kind for kind in (AdamsSolver, DPMSolver, ExactSolver)}
 
 

@@ -348,8 +348,12 @@ class Teacher(nn.Module, ABC):
     def check_sampling(self, sampling: Sampling) -> None:
         """Raise UserError for settings that this teacher cannot be sampled with."""
         self.guidance_weights(sampling.guidance, sampling.guidance_interval)
-        entries = len(self.codebook)
-        if self.filter(sampling).top_k > entries:
+        entries, chosen = len(self.codebook), self.filter(sampling)
+        if chosen.keeps_one and sampling.top_k != 1:
+            raise UserError(
+                f"top-p is {sampling.top_p:g}, which for {self.name} keeps one token whatever the noise; use 1 for all"
+            )
+        if chosen.top_k > entries:
             raise UserError(f"top-k is {sampling.top_k}, but {self.name} has {entries} tokens; use 0 for all")
 
     def check_labels(self, labels: Tensor) -> None:

@@ -1,32 +1,28 @@
-"""Reading released checkpoints strictly, and ddfast's own safetensors bundles.
+"""The kinds of models, their state dicts read strictly, and ddfast's own safetensors bundles.
 
 A bundle is one safetensors file with one or more *parts* (``transformer``, ``student``, ``tokenizer``); its tensors are
 named ``part.key``. The metadata entry ``ddfast`` is a JSON object: ``format``, ``name``, for each part its ``kind``,
-``config`` and ``sha256`` (see :func:`content_hash`), so that a damaged file is noticed on loading, and ``extra`` where
-the file says more than its parts.
+``config`` and ``sha256`` (:func:`ddfast.tensors.content_hash`), ``extra`` where the file says more than its parts, and
+since format 2 a ``checksum`` of all of that.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import hashlib
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import writing
-from ..tensors import write_tensors
+from ..files import replacing
+from ..records import check_name, check_signature, restore, signed
+from ..tensors import check_finite, content_hash, is_plain, read_checkpoint, read_note, read_safetensors, write_tensors
 from .digits import DigitsTokenizer, DigitsTokenizerConfig
 from .llamagen import LlamaGenConfig, LlamaGenTransformer
 from .llamagen_student import LlamaGenStudent, LlamaGenStudentConfig
@@ -35,7 +31,8 @@ from .var import VARConfig, VARTransformer
 from .var_student import VARStudent, VARStudentConfig
 from .var_vqvae import VARTokenizer, VARTokenizerConfig
 
-FORMAT = 1
+FORMAT = 2
+UNSIGNED = 1  # the format before the note had a checksum
 PLACES: dict[str, tuple[tuple[str, ...], ...]] = {  # where official scripts look for each copy, in their order
     "raw": (("model",), ("module",), ("state_dict",), ("trainer", "var_wo_ddp"), ()),  # () is the file itself
     "ema": (("trainer", "ema_parameters"), ("ema",)),
@@ -50,6 +47,9 @@ KINDS: dict[str, tuple[type[Any], type[nn.Module]]] = {
     "digits-tokenizer": (DigitsTokenizerConfig, DigitsTokenizer),
 }
 Shape = tuple[int, ...]
+REPEATED = ("depth", "n_layer", "num_res_blocks", "share_phi")  # config fields that count modules
+MOST_INT, MOST_FLOAT, LONGEST, SCALE = 1 << 17, 1e6, 64, 256  # of a config's values, and of a token grid's side
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,32 @@ class Part:
         kind: a key of ``KINDS``.
         config: the kind's config dataclass.
         tensors: state dict in the file's dtypes, optional entries left out.
-        sha256: :func:`content_hash` of ``tensors``.
+        sha256: :func:`ddfast.tensors.content_hash` of ``tensors``.
+        source: where it comes from, for messages.
     """
 
     kind: str
     config: Any
     tensors: dict[str, Tensor]
     sha256: str
+    source: str = "this model"
 
     def build(self, dtype: torch.dtype, device: torch.device | str, copy: bool = False) -> nn.Module:
         """The module in eval mode, its floating-point weights cast to ``dtype``.
 
         ``copy``: into memory of its own, so that a file that was mapped is let go, even where nothing is cast.
+
+        Raises UserError for weights that are not finite, or are not in ``dtype``.
         """
+        check_finite(self.tensors, self.source)
         with torch.device("meta"):
             module = KINDS[self.kind][1](self.config)
         cast = {
             k: t.to(device=device, dtype=dtype if t.is_floating_point() else None, copy=copy)
             for k, t in self.tensors.items()
         }
+        if dtype == torch.float16:  # whose range is narrower than the others'
+            check_finite(cast, f"{self.source}, in float16,")
         module.load_state_dict(cast, assign=True)
         for name, buffer in list(module.named_buffers()):  # constants that no file holds, built on the CPU
             if name not in cast:
@@ -88,11 +95,16 @@ class Part:
 
 
 @functools.cache
-def expected_shapes(kind: str, config: Any) -> dict[str, Shape]:
-    """Required state-dict entries of a kind, name to shape; costs no memory."""
+def expected(kind: str, config: Any) -> dict[str, Tensor]:
+    """Required state-dict entries of a kind, on the meta device: they cost no memory."""
     with torch.device("meta"):
-        module = KINDS[kind][1](config)
-    return {key: tuple(t.shape) for key, t in module.state_dict().items()}
+        return dict(KINDS[kind][1](config).state_dict())
+
+
+@functools.cache
+def expected_shapes(kind: str, config: Any) -> dict[str, Shape]:
+    """The same, name to shape."""
+    return {key: tuple(t.shape) for key, t in expected(kind, config).items()}
 
 
 def optional_shapes(kind: str, config: Any) -> dict[str, Shape]:
@@ -118,23 +130,24 @@ def differences(got: Mapping[str, Shape], kind: str, config: Any) -> list[str]:
     return [line for lines in (missing, unexpected, misshapen) for line in shortened(lines)]
 
 
-def content_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over (name, dtype, shape, bytes) of every tensor in order of name: the same for any container."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        t = tensors[key].detach().cpu().contiguous()
-        digest.update(f"{key}|{t.dtype}|{list(t.shape)}|".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def make_part(kind: str, config: Any, tensors: Mapping[str, Tensor], source: str) -> Part:
-    """Check a state dict strictly and drop its optional entries; UserError lists every difference."""
+    """Check a state dict strictly and drop its optional entries; UserError lists every difference.
+
+    ``source`` is what it comes from, for messages. Values are looked at when a model is built of them.
+    """
     lines = differences({k: tuple(t.shape) for k, t in tensors.items()}, kind, config)
+    wanted = expected(kind, config)
+    lines += shortened(
+        [
+            f"{key} is {str(t.dtype).removeprefix('torch.')}, no floating-point number"
+            for key, t in tensors.items()
+            if key in wanted and wanted[key].is_floating_point() and t.dtype not in FLOATS
+        ]
+    )
     if lines:
         raise UserError(f"{source} is not a {kind} of this configuration:\n  " + "\n  ".join(lines))
-    kept = {k: t for k, t in tensors.items() if k in expected_shapes(kind, config)}
-    return Part(kind, config, kept, content_hash(kept))
+    kept = {k: t for k, t in tensors.items() if k in wanted}
+    return Part(kind, config, kept, content_hash(kept), source)
 
 
 def shortened(lines: list[str], limit: int = 8) -> list[str]:
@@ -154,18 +167,18 @@ def read_copies(path: Path) -> dict[str, dict[str, Tensor]]:
 
     Raises UserError when the file is missing, damaged, or holds no state dict.
     """
-    require_file(path)
     if path.suffix == ".safetensors":
         return {"raw": read_safetensors(path)[1]}
-    try:
-        loaded = load_pickle(path)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a PyTorch checkpoint; is it complete? ({reason})") from error
-    copies = {}
+    loaded, copies = read_checkpoint(path), {}
     for copy, places in PLACES.items():
         found = next((inside for place in places if (inside := _inside(loaded, place)) is not None), None)
-        if found and all(isinstance(v, Tensor) for v in found.values()):
+        if found and all(isinstance(key, str) and isinstance(v, Tensor) for key, v in found.items()):
+            other = next((key for key, v in found.items() if not is_plain(v)), None)
+            if other is not None:
+                raise UserError(
+                    f"{path} is no state dict that can be read: {other} is a sparse, quantised or empty (meta) tensor; "
+                    "save dense weights"
+                )
             copies[copy] = found
     if not copies:
         named = ", ".join(".".join(place) for places in PLACES.values() for place in places if place)
@@ -191,46 +204,33 @@ def require_copy(held: Iterable[str], copy: str, path: Path) -> None:
         )
 
 
-def load_pickle(path: Path) -> Any:
-    """``torch.load`` without running code from the file; every record's checksum is compared first."""
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise RuntimeError(f"checksum of {damaged} differs")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments ride along in some files
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """(metadata, tensors) of a safetensors file; UserError when it is damaged."""
-    require_file(path)
-    try:
-        with safe_open(path, "pt") as f:
-            return f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors; is it complete? ({error})") from error
-
-
-def require_file(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
-
-
 def config_to_json(config: Any) -> dict[str, Any]:
     return asdict(config)
 
 
-def config_from_json(kind: str, values: Mapping[str, Any]) -> Any:
-    """The config dataclass of ``kind``; lists become tuples, unknown fields are an error."""
-    cls = KINDS[kind][0]
-    unknown = set(values) - {f.name for f in fields(cls)}
-    if unknown:
-        raise UserError(f"config of {kind} has unknown fields {sorted(unknown)}; was it written by a newer ddfast?")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def config_from_json(kind: str, values: Any, where: str, tensors: int | None = None) -> Any:
+    """The config dataclass of ``kind`` from what a file says.
+
+    ``tensors``: how many the file has for it, so that nothing is built for hours of a number that is none.
+
+    Raises UserError, naming ``where``, for unknown kinds and fields, values of another type or out of all range, and
+    configs of which no model can be built.
+    """
+    if kind not in KINDS:
+        raise UserError(f"{where} is of the unknown kind {kind!r}; was it written by a newer ddfast?")
+    config = restore(KINDS[kind][0], values, f"{where}: config")
+    for name, value in asdict(config).items():
+        most = tensors if name in REPEATED and tensors is not None else MOST_INT
+        numbers = value if isinstance(value, tuple) else (value,)
+        fine = all(0 <= n <= (most if isinstance(n, int) else MOST_FLOAT) for n in numbers if n is not None)
+        if not fine or len(numbers) > LONGEST or name == "patch_nums" and max(numbers, default=0) > SCALE:
+            raise UserError(f"{where}: config.{name} is {value}, which no {kind} has; copy the file again")
+    try:
+        expected(kind, config)
+    except Exception as error:  # whatever torch makes of sizes that do not go together
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{where}: no {kind} can be built of its config ({reason}); copy the file again") from error
+    return config
 
 
 def save_bundle(
@@ -238,62 +238,61 @@ def save_bundle(
 ) -> None:
     """Write a bundle atomically: it appears complete under ``path`` or not at all.
 
-    ``extra`` is what else the file says, as JSON: see :func:`read_extra`.
+    ``name`` is one printable line. ``extra`` is what else the file says, as JSON: see :func:`read_extra`.
     """
     described = {
         label: {"kind": p.kind, "config": config_to_json(p.config), "sha256": p.sha256} for label, p in parts.items()
     }
-    header: dict[str, Any] = {"format": FORMAT, "name": name, "parts": described}
+    header: dict[str, Any] = {"format": FORMAT, "name": check_name(name, path), "parts": described}
     if extra is not None:
         header["extra"] = dict(extra)
     tensors = {f"{label}.{key}": t for label, p in parts.items() for key, t in p.tensors.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path, os.replace) as file:
-        write_tensors(file, tensors, json.dumps(header, sort_keys=True))
+    with replacing(Path(path)) as file:
+        write_tensors(file, tensors, json.dumps(signed(header), sort_keys=True))
+
+
+def read_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The JSON object that makes a safetensors file a bundle; UserError where it is missing, changed or of another
+    format."""
+    fix = f"bundle; make one with `ddfast convert {path} --out NEW.safetensors`"
+    header = read_note(path, metadata, f"ddfast {fix}")
+    if header.get("format") not in (UNSIGNED, FORMAT):
+        raise UserError(f"{path} has bundle format {header.get('format')}; this version of ddfast reads {FORMAT}")
+    if header["format"] != UNSIGNED or "checksum" in header:
+        check_signature(header, f"the header of {path}", "convert or copy it again")
+    check_name(header.get("name"), f"the header of {path}")
+    return header
 
 
 def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a bundle says besides its parts: the ``extra`` of :func:`save_bundle`, empty if there was none."""
-    extra = _header(Path(path), read_safetensors(Path(path))[0]).get("extra", {})
-    if not isinstance(extra, dict):
-        raise UserError(f"{path} has a damaged header (extra is {extra!r}); convert or copy it again")
-    return extra
+    extra = read_header(Path(path), read_safetensors(Path(path))[0]).get("extra", {})
+    return restore(dict[str, Any], extra, f"the header of {path}: extra")
 
 
-def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The JSON object that makes a safetensors file a bundle; UserError where it is missing, damaged or of another
-    format."""
-    if "ddfast" not in metadata:
-        raise UserError(f"{path} is no ddfast bundle; make one with `ddfast convert {path} --out NEW.safetensors`")
-    try:
-        header = json.loads(metadata["ddfast"])
-        if header["format"] != FORMAT:
-            raise UserError(f"{path} has bundle format {header['format']}; this version of ddfast reads {FORMAT}")
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} has a damaged header ({error!r}); convert or copy it again") from error
-    return dict(header)
+@dataclass(frozen=True)
+class Described:
+    """What a bundle's header says of a part."""
+
+    kind: str
+    config: Any
+    sha256: str
 
 
 def load_bundle(path: str | os.PathLike[str]) -> tuple[str, dict[str, Part]]:
     """Read a bundle: (name, parts). UserError when it is damaged, altered or not a bundle."""
     path = Path(path)
     metadata, tensors = read_safetensors(path)
-    header = _header(path, metadata)
-    try:
-        name = str(header["name"])
-        described = {
-            label: (p["kind"], config_from_json(p["kind"], p["config"]), p["sha256"])
-            for label, p in header["parts"].items()
-        }
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has a damaged header ({error!r}); convert or copy it again") from error
+    header = read_header(path, metadata)
+    described = restore(dict[str, Described], header.get("parts"), f"the header of {path}: parts")
     parts = {}
-    for label, (kind, config, sha256) in described.items():
+    for label, part in described.items():
         own = {k.removeprefix(f"{label}."): tensors.pop(k) for k in list(tensors) if k.startswith(f"{label}.")}
-        parts[label] = make_part(kind, config, own, f"part {label} of {path}")
-        if parts[label].sha256 != sha256:
+        source = f"part {label} of {path}"
+        config = config_from_json(part.kind, part.config, source, len(own))
+        parts[label] = make_part(part.kind, config, own, source)
+        if parts[label].sha256 != part.sha256:
             raise UserError(f"{path} is damaged: the weights of its {label} do not match their checksum; copy it again")
     if tensors:
         raise UserError(f"{path} holds tensors of no part: {', '.join(shortened(sorted(tensors)))}")
-    return name, parts
+    return str(header["name"]), parts

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,16 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import is_file
+from ..records import check_name, restore
 from .base import Tokenizer, decode_embeddings
 from .checkpoints import KINDS, Part, load_bundle, read_extra, require_copy, save_bundle
 from .llamagen_vq import LlamaGenTokenizer
 from .student import Student
 from .var_teacher import MultiScaleTokenizer
-from .zoo import STUDENTS, bundled_copy, load_tokenizer, located, nearest, read_part
+from .zoo import STUDENTS, TEACHERS, bundled_copy, load_tokenizer, located, nearest, read_part
 
 RUN_FILE = "student.safetensors"  # what a training run leaves in its folder
-Sampled = tuple[str, tuple[int, ...], int]
-"""A student's teacher, timesteps and split."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a student's file says besides its weights: its teacher, how it is sampled, and after how many steps of
+    training it was written."""
+
+    teacher: str
+    timesteps: tuple[int, ...]
+    split: int
+    teacher_sha256: str | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class Distilled:
         split: groups before it are best taken from the logits, the others from the embeddings.
         sha256: content hash of the student's weights.
         tokenizer_sha256: of the tokenizer's.
+        teacher_sha256: of the teacher's transformer; None where the file does not say, as released ones do not.
     """
 
     name: str
@@ -50,6 +63,7 @@ class Distilled:
     split: int
     sha256: str
     tokenizer_sha256: str
+    teacher_sha256: str | None = None
 
     @property
     def codebook(self) -> Tensor:
@@ -92,16 +106,18 @@ def load_student(
     name = os.fspath(name)
     if name in STUDENTS:
         entry = STUDENTS[name]
-        student = read_part(located(entry, weights, "--weights"), "student", entry.kind, entry.config, copy)
-        vq, sampled = load_tokenizer(entry.teacher, tokenizer), (entry.teacher, entry.timesteps, entry.split)
+        path = located(entry, weights, "--weights")
+        student = read_part(path, "student", entry.kind, entry.config, copy, entry.name)
+        vq, sampled = load_tokenizer(entry.teacher, tokenizer), Sampled(entry.teacher, entry.timesteps, entry.split)
     else:
         path = _file(name)
         if weights is not None:
             raise UserError(f"{name} holds its own weights; drop --weights")
         name, student, vq, sampled = _read(path, tokenizer, copy)
-    _check(name, student, vq, *sampled[1:])
+    _check(name, student, vq, sampled.timesteps, sampled.split)
     model = cast(Student, student.build(dtype, device))
-    return Distilled(name, model, vq.build(torch.float32, device), *sampled, student.sha256, vq.sha256)
+    how = sampled.teacher, sampled.timesteps, sampled.split, student.sha256, vq.sha256, sampled.teacher_sha256
+    return Distilled(name, model, vq.build(torch.float32, device), *how)
 
 
 def save_student(
@@ -112,13 +128,20 @@ def save_student(
     timesteps: Sequence[int],
     split: int,
     teacher: str,
+    teacher_sha256: str | None = None,
+    step: int | None = None,
 ) -> None:
-    """Write a bundle that :func:`load_student` reads. ``teacher`` is the name of what it was distilled from.
+    """Write a bundle that :func:`load_student` reads.
+
+    ``teacher`` is the name of what it was distilled from, ``teacher_sha256`` the content hash of that one's
+    transformer, ``step`` the steps of training behind it.
 
     Raises UserError where the tokenizer or the timesteps do not fit the student.
     """
     _check(name, student, tokenizer, timesteps, split)
-    extra = {"timesteps": list(timesteps), "split": split, "teacher": teacher}
+    extra: dict[str, Any] = {"timesteps": list(timesteps), "split": split, "teacher": check_name(teacher, name)}
+    extra |= {} if teacher_sha256 is None else {"teacher_sha256": teacher_sha256}
+    extra |= {} if step is None else {"step": step}
     save_bundle(path, name, {"student": student, "tokenizer": tokenizer}, extra)
 
 
@@ -127,10 +150,12 @@ def _file(name: str) -> Path:
     path = Path(name)
     if path.is_dir():
         path = path / RUN_FILE
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(f"{name} holds no {RUN_FILE}; `ddfast train --out {name}` makes one")
     elif path.suffix != ".safetensors":
-        if path.is_file():
+        if name in TEACHERS:
+            raise UserError(f"{name} is a teacher, not a student; `ddfast train --teacher {name}` makes one of it")
+        if is_file(path):
             raise UserError(f"{name} is no ddfast file; give the student's name, and this file with --weights")
         raise UserError(f"no student is called {name!r} and no such file exists; {nearest(name, STUDENTS)}")
     return path
@@ -145,23 +170,23 @@ def _read(path: Path, tokenizer: str | os.PathLike[str] | None, copy: str) -> tu
     if "tokenizer" in parts:
         if tokenizer is not None:
             raise UserError(f"{path} holds its own tokenizer; drop --tokenizer")
-        return name, parts["student"], parts["tokenizer"], _sampling(path, read_extra(path))
+        return name, parts["student"], parts["tokenizer"], read_sampled(path)
     if name not in STUDENTS:
         raise UserError(f"{path} holds no tokenizer, and {name} is no released student whose tokenizer is known")
     entry = STUDENTS[name]
-    sampled = (entry.teacher, entry.timesteps, entry.split)
+    sampled = Sampled(entry.teacher, entry.timesteps, entry.split)
     return name, parts["student"], load_tokenizer(entry.teacher, tokenizer), sampled
 
 
-def _sampling(path: Path, extra: Mapping[str, Any]) -> Sampled:
-    """What a bundle's ``extra`` says."""
-    teacher, timesteps, split = (extra.get(name) for name in ("teacher", "timesteps", "split"))
-    whole = isinstance(timesteps, list) and all(type(n) is int for n in (*timesteps, split))
-    if not whole or not isinstance(teacher, str):
-        raise UserError(
-            f"{path} does not say its teacher, timesteps and split ({extra}); was it written by save_student?"
-        )
-    return teacher, tuple(cast("list[int]", timesteps)), cast(int, split)
+def read_sampled(path: Path) -> Sampled:
+    """What a student's bundle says besides its weights; UserError where that is not whole."""
+    extra = {name: value for name, value in read_extra(path).items() if name != "copy"}
+    try:
+        sampled: Sampled = restore(Sampled, extra, "extra")
+    except UserError as error:
+        raise UserError(f"{path} does not say its teacher, timesteps and split: {error}") from None
+    check_name(sampled.teacher, f"the header of {path}: the teacher")
+    return sampled
 
 
 def _check(name: str, student: Part, tokenizer: Part, timesteps: Sequence[int], split: int) -> None:

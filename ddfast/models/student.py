@@ -39,6 +39,14 @@ def add_n_d_embed(x_BTD: Tensor, known_BT: Tensor, rows_2D: Tensor) -> Tensor:
         return torch.baddbmm(x_BTD, choice, rows_2D.to(x_BTD.dtype).expand(len(x_BTD), -1, -1))
 
 
+def best_codes(logits_BnV: Tensor, codebook_VC: Tensor) -> Tensor:
+    """The codes of the largest logits, [B, n, C]; NaN where these are not finite, which arg-max alone would hide."""
+    if torch.compiler.is_exporting():
+        return F.embedding(logits_BnV.argmax(-1), codebook_VC)
+    best, tokens = logits_BnV.max(-1)
+    return torch.where(best.isfinite().unsqueeze(-1), F.embedding(tokens, codebook_VC), torch.nan)
+
+
 class EmbeddingHead(nn.Module):
     """Codebook-space vectors from the residual stream: a layer norm modulated by the class embedding, and a linear."""
 
@@ -189,7 +197,7 @@ class Student(nn.Module, ABC):
         h = self.hidden(x.to(cond.dtype), self.known(t, x.device, length), cond)
         parts = [x[:, :first]]
         if middle > first:
-            parts.append(F.embedding(self.logits(h[:, first:middle], cond).argmax(-1), codebook).to(x.dtype))
+            parts.append(best_codes(self.logits(h[:, first:middle], cond), codebook).to(x.dtype))
         if middle < length:
             parts.append(self.embeddings(h[:, middle:], cond).to(x.dtype))
         return torch.cat(parts, dim=1)

@@ -7,7 +7,6 @@ say how its training pairs were sampled), ``release`` is what the family's autho
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,16 +16,19 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..files import home, is_file, require_readable, say_once
+from ..tensors import read_safetensors
 from .base import Sampling, Teacher
 from .checkpoints import (
     KINDS,
     Part,
     differences,
+    expected_shapes,
     load_bundle,
     make_part,
+    read_copies,
     read_extra,
-    read_safetensors,
-    read_tensors,
+    read_header,
     require_copy,
 )
 from .llamagen import LlamaGenConfig
@@ -218,9 +220,11 @@ STUDENTS = {
 
 
 def weight_folders() -> list[Path]:
-    """Folders searched for weights, in order: those of $DDFAST_WEIGHTS, ./weights, ~/.cache/ddfast."""
+    """Folders searched for weights, in order: those of $DDFAST_WEIGHTS, ./weights, and ~/.cache/ddfast where there is
+    a home."""
     named = [Path(p) for p in os.environ.get(WEIGHTS_VARIABLE, "").split(os.pathsep) if p]
-    return [*named, Path("weights"), Path.home() / ".cache" / "ddfast"]
+    cache = home(".cache", "ddfast")
+    return [*named, Path("weights"), *([] if cache is None else [cache])]
 
 
 def find_weights(entry: ZooEntry) -> Path | None:
@@ -228,13 +232,12 @@ def find_weights(entry: ZooEntry) -> Path | None:
     if isinstance(entry, ZooTeacher) and entry.bundled:
         return BUNDLED / entry.file
     candidates = (folder / name for folder in weight_folders() for name in (f"{entry.name}.safetensors", entry.file))
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if is_file(path)), None)
 
 
 def models() -> dict[str, tuple[str, Any]]:
     """(kind, config) of every released model: teachers' transformers, tokenizers and students, by zoo name."""
-    entries: tuple[ZooEntry, ...] = (*TEACHERS.values(), *TOKENIZERS.values(), *STUDENTS.values())
-    return {entry.name: (entry.kind, entry.config) for entry in entries if entry.kind is not None}
+    return {entry.name: (entry.kind, entry.config) for entry in everything() if entry.kind is not None}
 
 
 def identify(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -242,10 +245,13 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     return [name for name, (kind, config) in models().items() if not differences(shapes, kind, config)]
 
 
-def read_part(path: Path, label: str, kind: str, config: Any, copy: str = "raw") -> Part:
+def read_part(path: Path, label: str, kind: str, config: Any, copy: str = "raw", asked: str = "") -> Part:
     """One part from a released file or a bundle; an error about a misfit says which model the file looks like.
 
-    ``copy`` is which of a file's copies of the weights is wanted: "raw", or of a student "ema".
+    Args:
+        label: which part of a bundle.
+        copy: which of a file's copies of the weights: "raw", or of a student "ema".
+        asked: the name of the zoo that it is to be, where models of one shape are told apart by more than their shapes.
     """
     if is_bundle(path):
         name, parts = load_bundle(path)
@@ -256,14 +262,54 @@ def read_part(path: Path, label: str, kind: str, config: Any, copy: str = "raw")
             raise UserError(f"{path} holds the {part.kind} {name}, where a {kind} is needed")
         if label == "student":
             require_copy([bundled_copy(path)], copy, path)
+        if asked and name != asked and name in alike(asked):
+            raise UserError(f"{path} holds {name}, which has the shapes of {asked} but is another model; name {name}")
         return make_part(kind, config, part.tensors, str(path))
-    tensors = read_tensors(path, copy)
+    copies = read_copies(path)
+    tensors = copies[copy] if copy in copies else next(iter(copies.values()))
     try:
-        return make_part(kind, config, tensors, str(path))
+        if copy in copies or differences({k: tuple(t.shape) for k, t in tensors.items()}, kind, config):
+            part = make_part(kind, config, tensors, str(path))
+        require_copy(copies, copy, path)
     except UserError as error:
         likely = identify({k: tuple(t.shape) for k, t in tensors.items()})
-        hint = f"\nThe file looks like {' or '.join(likely)}." if likely else ""
+        hint = f"\nThe file looks like {' or '.join(likely)}." if likely and asked not in likely else ""
         raise UserError(f"{error}{hint}") from None
+    if asked:
+        check_file_name(path, asked)
+    return part
+
+
+def alike(name: str) -> list[str]:
+    """Names of the released models of the shapes of ``name``, itself included: no weights tell them apart."""
+    kind, config = models()[name]
+    shapes = expected_shapes(kind, config)
+    return [other for other, (k, c) in models().items() if k == kind and expected_shapes(k, c) == shapes]
+
+
+def check_file_name(path: Path, asked: str) -> None:
+    """Where shapes leave a choice, the released file's name decides: UserError if it is another model's, and a line if
+    it is none's."""
+    names = alike(asked)
+    if len(names) < 2:
+        return
+    known = {entry.file: entry.name for entry in everything() if entry.name in names}
+    named = known.get(path.name)
+    if named is None:
+        say_once(
+            f"{path} has the shapes of {' and of '.join(names)}; it is taken for {asked}, as it was named, and its "
+            "weights cannot tell"
+        )
+    elif named != asked:
+        raise UserError(
+            f"{path} is by its name the file of {named}, which has the shapes of {asked} but is another model; name "
+            f"{named}, or rename the file if it is {asked}'s"
+        )
+
+
+def everything() -> list[ZooEntry]:
+    """All teachers, tokenizers and students."""
+    return [*TEACHERS.values(), *TOKENIZERS.values(), *STUDENTS.values()]
 
 
 def blueprint(name: str) -> Teacher:
@@ -296,20 +342,34 @@ def known_teacher(name: str) -> ZooTeacher:
     """The zoo entry of a name; UserError with the nearest names otherwise."""
     if name in TEACHERS:
         return TEACHERS[name]
+    path = Path(name)
+    if path.is_dir() or is_file(path):
+        if is_file(path):
+            require_readable(path)
+        released = next((t.name for t in TEACHERS.values() if t.file == path.name), "NAME")
+        raise UserError(
+            f"{name} is no teacher of ddfast by itself: give the teacher's name, and a released checkpoint with "
+            f"--weights, e.g. --teacher {released} --weights {name}; `ddfast info` lists the names"
+        )
     raise UserError(f"no teacher is called {name!r} and no such file exists; {nearest(name, TEACHERS)}")
 
 
-def nearest(name: str, known: Collection[str]) -> str:
-    """The names that someone who wrote ``name`` may have meant, for an error."""
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+def nearest(name: str, known: Collection[str], most: int = 24) -> str:
+    """The names that someone who wrote ``name`` may have meant, for an error: similar ones, those in which it is a
+    word, or else all if they are few."""
+    words = [other for other in known if name.casefold() in other.casefold().split()]
+    alike = difflib.get_close_matches(name.casefold(), [other.casefold() for other in known], n=3)
+    near = words[:5] or [other for other in known if other.casefold() in alike]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(known)}" if len(known) <= most else f"none of the {len(known)} names is like it"
 
 
 def teacher_name(name: str) -> str:
     """The name that a teacher goes by: of the zoo, or what the bundle at the path ``name`` says."""
     if Path(name).suffix != ".safetensors":
         return known_teacher(name).name
-    return str(json.loads(read_safetensors(Path(name))[0].get("ddfast", "{}")).get("name", name))
+    return str(read_header(Path(name), read_safetensors(Path(name))[0])["name"])
 
 
 def load_teacher(
@@ -361,8 +421,8 @@ def _released_parts(
     weights_path = located(entry, weights, "--weights")
     tokenizer_path = located(vq, tokenizer, "--tokenizer")
     return {
-        "transformer": read_part(weights_path, "transformer", entry.kind, entry.config),
-        "tokenizer": read_part(tokenizer_path, "tokenizer", vq.kind, entry.tokenizer_config),
+        "transformer": read_part(weights_path, "transformer", entry.kind, entry.config, asked=entry.name),
+        "tokenizer": read_part(tokenizer_path, "tokenizer", vq.kind, entry.tokenizer_config, asked=vq.name),
     }
 
 
@@ -388,7 +448,8 @@ def load_tokenizer(name: str, tokenizer: str | os.PathLike[str] | None = None) -
     entry = known_teacher(name)
     assert entry.tokenizer is not None
     vq = TOKENIZERS[entry.tokenizer]
-    return read_part(located(vq, tokenizer, "--tokenizer"), "tokenizer", vq.kind, entry.tokenizer_config)
+    path = located(vq, tokenizer, "--tokenizer")
+    return read_part(path, "tokenizer", vq.kind, entry.tokenizer_config, asked=vq.name)
 
 
 def assemble(
@@ -401,7 +462,10 @@ def assemble(
     """Build a teacher of its parts ``transformer`` and ``tokenizer``."""
     for label in ("transformer", "tokenizer"):
         if label not in parts:
-            raise UserError(f"{name} is no whole teacher: its file holds no {label}")
+            advice = (
+                f"--teacher {name} --weights FILE --tokenizer FILE" if name in TEACHERS else "both parts in one file"
+            )
+            raise UserError(f"{name} is no whole teacher: its file holds no {label}; give {advice}")
     kind = parts["transformer"].kind
     if kind not in TEACHER_CLASSES:
         raise UserError(f"{name}: a {kind} cannot be a teacher")

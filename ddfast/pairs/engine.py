@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,16 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import remove_abandoned
+from ..files import check_folder, check_room, remove_abandoned
 from ..flow.tokens import BAD_NOISE, check_codebook
 from ..models import Teacher
 from .decoder import PairDecoder
 from .manifest import FILE, Manifest, claim, read_manifest, require_same
-from .store import Run, read_shard, shard_path, write_shard
+from .store import Run, read_shard, shards_there, write_shard
 from .writer import Writer
 
 BUFFERS = 3  # shards in host memory: one being filled, one being written, one to spare
+ALIKE = 4  # pairs of a class, on average, that cannot be alike by chance
 BATCHES_AHEAD = 2  # given to a GPU before the first of them is done: it never waits, and Ctrl-C does not take long
 
 
@@ -64,10 +64,9 @@ class ShardBuffer:
         pairs = self.manifest.shard_range(shard)
         count = len(pairs)
         raise_bad_pairs(self.evaluations[:count], pairs.start, shard)
-        out = {
-            "labels": self.manifest.pair_labels(torch.arange(pairs.start, pairs.stop)),
-            "tokens": self.tokens[:count],
-        }
+        labels = self.manifest.pair_labels(torch.arange(pairs.start, pairs.stop))
+        raise_alike(self.tokens[:count], labels, shard)
+        out = {"labels": labels, "tokens": self.tokens[:count]}
         return out | ({} if self.noise is None else {"noise": self.noise[:count]})
 
 
@@ -82,6 +81,16 @@ def raise_bad_pairs(evaluations: Tensor, first: int, shard: int) -> None:
         raise UserError(
             f"{where}: the guided logits have NaN, +inf or no finite entry; check the teacher's weights for overflow, "
             "or compute in a wider --dtype"
+        )
+
+
+def raise_alike(tokens: Tensor, labels: Tensor, shard: int) -> None:
+    """Raise UserError where every class of a shard (tokens [N, L], labels [N]) has one image, whatever the noise."""
+    images, classes = len(tokens.unique(dim=0)), len(labels.unique())
+    if len(tokens) >= ALIKE * classes and images <= classes:
+        raise UserError(
+            f"all {len(tokens)} pairs of shard {shard} have the tokens of their class, whatever their noise: the "
+            "teacher draws one image a class. Look at --top-k, --top-p, --temperature and the weights"
         )
 
 
@@ -149,29 +158,24 @@ class Plan:
         UserError: the folder holds other pairs, a damaged shard, or the disk has no room for the missing ones.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, shards: Iterable[int]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, shards: Sequence[int]) -> None:
         self.folder, self.manifest = folder, manifest
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is not a folder; choose another --out")
+        check_folder(folder, "pairs", lambda folder: (folder / FILE).exists() or bool(shards_there(folder)))
+        there = shards_there(folder)
         if (folder / FILE).exists():
             require_same(folder, read_manifest(folder), manifest)
-        elif any(folder.glob("shard-*.safetensors")):
+        elif there:
             raise UserError(f"{folder} holds shards but no {FILE}; restore it, or choose another --out")
-        mine = list(shards)
-        self.present = [s for s in mine if shard_path(folder, s).exists()]
-        self.missing = [s for s in mine if not shard_path(folder, s).exists()]
+        self.present = sorted(s for s in there if s in shards)
+        self._check_room(len(shards) - len(self.present))
+        self.missing = [s for s in shards if s not in there]
         self.runs = {read_shard(folder, manifest, s).run for s in self.present}
-        self._check_room()
 
-    def _check_room(self) -> None:
-        need = sum(self.manifest.shard_bytes(s) + 4096 for s in self.missing)
-        existing = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-        if need > free:
-            raise UserError(
-                f"the missing shards need {need / 2**20:,.0f} MiB, but {existing} has {free / 2**20:,.0f} MiB free; "
-                "make room, choose another --out or a smaller --num"
-            )
+    def _check_room(self, missing: int) -> None:
+        """By arithmetic: a number with some zeros too many is seen before any list is made of it."""
+        each = self.manifest.shard_bytes(0) + 4096
+        least = max(0, missing - 1) * each + (missing > 0) * self.manifest.shard_bytes(self.manifest.num_shards - 1)
+        check_room(self.folder, least, "the missing shards", "choose another --out or a smaller --num")
 
     @property
     def pairs_missing(self) -> int:
@@ -203,7 +207,7 @@ def execute(
             f"a batch of {batch} does not fit on {teacher.device}: use a smaller --batch ({error})"
         ) from error
     claim(folder, manifest)
-    remove_abandoned(folder)
+    remove_abandoned(folder, FILE, "shard-*.safetensors")
     if decoder is None:
         return
     run, types = run_of(teacher, batch, precision), {"labels": np.int32, "tokens": np.uint16, "noise": np.float32}

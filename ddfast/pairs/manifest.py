@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from ..errors import UserError
 from ..files import create_once
 from ..flow import Solver
 from ..models import Sampling, Teacher
-from ..records import differences
+from ..records import check_name, check_signature, checksum, differences, read_json, restore, signed
 
 FORMAT = 1
 FILE = "manifest.json"
+MOST = 2**48  # pairs in a folder, and in a shard
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,15 @@ class Manifest:
 
     def __post_init__(self) -> None:
         for name in ("num", "shard_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+            value, option = getattr(self, name), name.replace("_", "-")
+            if value < 1:
+                raise UserError(f"{option} is {value}; it must be at least 1")
+            if value > MOST:
+                raise UserError(f"{option} is {value}; it must be at most 2^48, about {MOST:.1e}")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed is {self.seed}; it must lie in [0, 2^64)")
+        if min(self.vocab_size, self.channels, self.num_classes, *self.groups) < 1 or not self.groups:
+            raise UserError("a teacher has at least one group, code, channel and class")
         if self.vocab_size > 2**16:
             raise UserError(f"a codebook of {self.vocab_size} entries does not fit in 16-bit tokens")
         if self.labels is not None:
@@ -96,12 +102,12 @@ class Manifest:
 
     def to_json(self) -> str:
         """Readable JSON that carries its own checksum."""
-        return json.dumps(asdict(self) | {"checksum": self.checksum}, indent=1, sort_keys=True) + "\n"
+        return json.dumps(signed(asdict(self)), indent=1, sort_keys=True) + "\n"
 
     @property
     def checksum(self) -> str:
         """SHA-256 of the canonical JSON of all fields."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return checksum(asdict(self))
 
 
 def describe(
@@ -117,6 +123,10 @@ def describe(
 ) -> Manifest:
     """The manifest of pairs to be made by ``teacher``; UserError for values that cannot work."""
     teacher.check_sampling(sampling)
+    if teacher.filter(sampling).keeps_one:
+        raise UserError(
+            "top-k is 1: every pair of a class would have the same tokens, whatever its noise; use 0 for all"
+        )
     return Manifest(
         teacher=teacher.name,
         weights=dict(teacher.weights_sha256),
@@ -137,25 +147,62 @@ def describe(
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder; UserError when it is missing, damaged or of another format version."""
-    path = folder / FILE
-    if not path.is_file():
+    path, fix = folder / FILE, "restore it, or make the pairs anew in another folder"
+    if not path.exists():
         raise UserError(f"{folder} holds no pairs: there is no {FILE}; make them with `ddfast pairs --out {folder}`")
-    try:
-        values = json.loads(path.read_bytes())
-        checksum = values.pop("checksum")
-        if values["format"] != FORMAT:
-            raise UserError(f"{path} has format {values['format']}; this version of ddfast reads {FORMAT}")
-        if set(values) != {f.name for f in fields(Manifest)}:
-            raise KeyError("fields")
-        fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        manifest = Manifest(**fixed)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged ({error}); restore it, or make the pairs anew in another folder") from error
-    if manifest.checksum != checksum:
-        raise UserError(f"{path} was changed: its checksum does not match; restore it, or make the pairs anew")
+    values = read_json(path)
+    if not isinstance(values, dict) or "groups" not in values:
+        raise UserError(f"{path} is no manifest of pairs: it is damaged, or belongs to something else; {fix}")
+    if values.get("format") != FORMAT:
+        raise UserError(f"{path} has format {values.get('format')}; this version of ddfast reads {FORMAT}")
+    check_signature(values, path, fix)
+    manifest: Manifest = restore(Manifest, {k: v for k, v in values.items() if k != "checksum"}, str(path))
+    check_name(manifest.teacher, path)
     return manifest
+
+
+class Shape(NamedTuple):
+    """What a teacher and its students have in common."""
+
+    groups: Sequence[int]
+    vocab_size: int
+    channels: int
+    num_classes: int
+
+    @staticmethod
+    def of(groups: Sequence[int], codebook_VC: Tensor, num_classes: int) -> Shape:
+        return Shape(groups, codebook_VC.shape[0], codebook_VC.shape[1], num_classes)
+
+
+def check_origin(folder: Path, manifest: Manifest, name: str, weights: Mapping[str, str | None], shape: Shape) -> None:
+    """Raise UserError unless pairs are those of one teacher, naming what differs.
+
+    Args:
+        folder, manifest: of the pairs.
+        name: of the teacher they are to be of.
+        weights: content hashes of its parts ``transformer`` and ``tokenizer``; what is None is not known, and without
+            the transformer's hash the names must agree.
+        shape: its groups, codebook entries, channels and classes.
+    """
+    lines = []
+    for label, sha256 in weights.items():
+        theirs = manifest.weights.get(label, "")
+        if sha256 is not None and theirs != sha256:
+            what = "codebook and tokenizer" if label == "tokenizer" else label
+            lines.append(f"their {what} has the hash {theirs[:16] or 'of nothing'}…, {name} has {sha256[:16]}…")
+    if weights.get("transformer") is None and manifest.teacher != name:
+        lines.append(f"it is called {manifest.teacher}")
+    if manifest.groups != tuple(shape.groups):
+        lines.append(f"their images have {len(manifest.groups)} groups, not {len(shape.groups)}")
+    for field in ("vocab_size", "channels", "num_classes"):
+        if getattr(manifest, field) != getattr(shape, field):
+            lines.append(f"their {field} is {getattr(manifest, field)}, not {getattr(shape, field)}")
+    if lines:
+        raise UserError(
+            f"the pairs in {folder} were made by {manifest.teacher}, another teacher than {name}: "
+            + "; ".join(lines)
+            + ". Name theirs with --teacher, --weights and --tokenizer, or other pairs"
+        )
 
 
 def claim(folder: Path, manifest: Manifest) -> None:

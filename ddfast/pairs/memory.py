@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from ..launcher import torchrun
 from ..models import Teacher
 from .manifest import Manifest
 
@@ -87,7 +88,7 @@ def free_bytes(device: torch.device) -> int:
 
 def ranks_sharing(device: torch.device) -> int:
     """How many ranks of torchrun on this machine use a device: all of them its CPU, as a rule one a GPU."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks = torchrun().local_world
     return ranks if device.type == "cpu" else -(-ranks // max(1, torch.cuda.device_count()))
 
 

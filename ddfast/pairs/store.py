@@ -7,8 +7,11 @@ was computed (``run``: batch, dtype, device, precision) and a SHA-256 over all o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
 from ..errors import UserError
 from ..files import write_atomic
+from ..records import restore
+from ..tensors import read_note, read_safetensors
 from .manifest import Manifest
+
+NAME = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Note:
+    """What a shard says of itself; ``manifest`` is that one's checksum."""
+
+    manifest: str
+    shard: int
+    run: Run
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Shard:
     """A shard read back: ``tensors`` are memory-mapped."""
 
@@ -52,6 +68,17 @@ class Shard:
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.safetensors"
+
+
+def shards_there(folder: Path) -> dict[int, int]:
+    """Bytes of the shard files in a folder, by number; nothing is read. Other names are no shards."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = NAME.fullmatch(entry.name)
+            if match and match[1] == f"{int(match[1]):05d}":
+                found[int(match[1])] = entry.stat().st_size
+    return found
 
 
 def write_shard(
@@ -92,26 +119,26 @@ def read_shard(folder: Path, manifest: Manifest, shard: int, full: bool = True) 
 
     Raises:
         UserError: the shard is missing, cut, altered, or belongs to other pairs.
+        OSError: it cannot be read, though it may be sound.
     """
     path = shard_path(folder, shard)
     fix = "delete it and rerun `ddfast pairs` to make it again"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} is missing; rerun `ddfast pairs` with the same settings to finish the folder")
     try:
-        with safe_open(path, "pt") as f:
-            note = json.loads((f.metadata() or {})["ddfast"])
-            tensors = {key: f.get_tensor(key) for key in f.keys()}
-        run, owner, number, sha256 = Run(**note["run"]), note["manifest"], note["shard"], note["sha256"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}); {fix}") from error
+        metadata, tensors = read_safetensors(path)
+        note = read_note(path, metadata, "shard")
+        of: Note = restore(Note, note, "its note")
+    except UserError as error:
+        raise UserError(f"{path} is damaged or cut short ({error.__cause__ or error}); {fix}") from error
     found = {k: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for k, t in tensors.items()}
-    if owner != manifest.checksum or number != shard:
+    if of.manifest != manifest.checksum or of.shard != shard:
         raise UserError(f"{path} belongs to other pairs than {folder}/manifest.json describes; {fix}")
     if found != layout(manifest, shard):
         raise UserError(f"{path} holds {found} instead of {layout(manifest, shard)}; {fix}")
     if full:
-        _check_content(path, manifest, shard, note, sha256, tensors, fix)
-    return Shard(run, tensors)
+        _check_content(path, manifest, shard, note, of.sha256, tensors, fix)
+    return Shard(of.run, tensors)
 
 
 def _check_content(

@@ -62,7 +62,7 @@ def write_page(folder: Path, report: Report) -> None:
     for plot in plots:
         write_atomic(folder / FIGURES / f"{plot.name}.png", plot.png)
     for name, text in pages.items():
-        write_atomic(folder / name, text.encode())
+        write_atomic(folder / name, text.encode(errors="backslashreplace"))
 
 
 def read_pictures(folder: Path, report: Report) -> dict[str, tuple[bytes, str]]:

@@ -6,11 +6,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args
 
 from ..errors import UserError
+from ..records import read_json, restore
 
 FILE = "report.json"
 
@@ -194,13 +195,7 @@ class Report:
 
 def read_report(path: Path) -> Report:
     """The report in a ``report.json``; UserError where there is none, or it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON: {e}") from None
-    return Report.from_dict(values)
+    return Report.from_dict(read_json(path))
 
 
 def check_values(owner: str, values: dict[str, list[float]]) -> None:
@@ -219,28 +214,3 @@ def check_once(names: Iterable[object], where: str) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"{where}: {twice[0]!r} comes twice")
-
-
-def restore(kind: Any, value: Any, where: str) -> Any:
-    """``value``, read from JSON, as the annotated type ``kind``; UserError naming the place where it does not fit."""
-    if kind is Any:
-        return value
-    if is_dataclass(kind) and isinstance(kind, type):
-        entries = restore(dict[str, Any], value, where)
-        names = [field.name for field in fields(kind)]
-        for problem, keys in (("lacks", set(names) - entries.keys()), ("has the unknown", entries.keys() - set(names))):
-            if keys:
-                raise UserError(f"{where} {problem} key {', '.join(map(repr, sorted(keys)))}")
-        types = get_type_hints(kind)
-        return kind(**{name: restore(types[name], entries[name], f"{where}.{name}") for name in names})
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is list and isinstance(value, list):
-        return [restore(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: restore(args[1], v, f"{where}[{key!r}]") for key, v in value.items()}
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if type(value) is kind or (origin is Literal and value in args):
-        return value
-    expected = " or ".join(map(repr, args)) if origin is Literal else (origin or kind).__name__
-    raise UserError(f"{where} is {value!r}; it must be {expected}")

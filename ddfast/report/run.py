@@ -21,7 +21,6 @@ from ..evaluation.reference import Reference
 from ..evaluation.sampled import SampledImages
 from ..evaluation.statistics import FeatureStatistics, frechet_distance
 from ..models import Distilled
-from ..models.checkpoints import read_safetensors
 from ..models.classes import name_of
 from ..pictures import grid
 from ..sampling import (
@@ -36,7 +35,7 @@ from ..sampling import (
     plan_name,
     teacher_plan,
 )
-from ..training.checkpoint import checkpoint_path, steps_saved
+from ..training.checkpoint import read_checked, steps_saved
 from .record import Kind, Point, Row, Study
 
 TEACHER_SEED = 1 << 32  # added to the seed for the teacher's samples that others are compared with
@@ -271,8 +270,7 @@ class Examiner:
 
 def at_step(student: Distilled, run: Path, step: int) -> Distilled:
     """``student`` with the moving average of its run's checkpoint at ``step``."""
-    path = checkpoint_path(run, step)
-    tensors = read_safetensors(path)[1]
+    tensors = read_checked(run, step)[1]
     then = type(student.student)(student.student.settings)
     then.load_state_dict({k.removeprefix("ema."): t for k, t in tensors.items() if k.startswith("ema.")})
     like = next(student.student.parameters())

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from .config import RECIPES, TrainConfig, recipe
-from .trainer import Run, Trainer
+from typing import TYPE_CHECKING
 
-__all__ = ["RECIPES", "Run", "TrainConfig", "Trainer", "recipe"]
+from ..lazy import front
+
+if TYPE_CHECKING:
+    from .config import RECIPES as RECIPES
+    from .config import Run as Run
+    from .config import TrainConfig as TrainConfig
+    from .config import recipe as recipe
+    from .trainer import Trainer as Trainer
+
+__getattr__, __all__ = front(
+    __name__,
+    {
+        "RECIPES": "config",
+        "TrainConfig": "config",
+        "recipe": "config",
+        "Run": "config",
+        "Trainer": "trainer",
+    },
+)

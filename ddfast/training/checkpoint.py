@@ -2,16 +2,17 @@
 
 ``checkpoints/step-NNNNNNNN.safetensors`` holds ``model.*``, ``ema.*``, ``exp_avg.*`` and ``exp_avg_sq.*`` in float32.
 Its metadata entry ``ddfast`` is a JSON object: format, step, what decides the run (``identity``), what decides rounding
-alone (``how``), the sums of figures not logged yet (``window``), and a SHA-256 of the tensors. The learning rate, the
-order of the pairs and their timesteps are functions of the step, so there is no more state than that.
+alone (``how``), the sums of figures not logged yet (``window``), a SHA-256 of the tensors, and since format 2 a
+``checksum`` of all that. The learning rate, the order of the pairs and their timesteps are functions of the step, so
+there is no more state than that.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,26 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import fsync_folder, remove_abandoned, writing
-from ..models.checkpoints import content_hash, read_safetensors
-from ..records import differences
-from ..tensors import write_tensors
+from ..records import check_signature, differences, restore, signed
+from ..tensors import content_hash, read_note, read_safetensors, write_tensors
 
-FORMAT = 1
+FORMAT = 2
+UNSIGNED = 1  # the format before the note had a checksum
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8})\.safetensors")
 PARTS = ("model", "ema", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a checkpoint says of itself; see the head of this file."""
+
+    format: int
+    step: int
+    identity: dict[str, Any]
+    how: dict[str, Any]
+    window: list[float]
+    sha256: str
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -59,16 +72,17 @@ def save_checkpoint(
     tensors = {f"{part}.{name}": t for part, named in state.items() for name, t in named.items()}
     note = {"format": FORMAT, "step": step, "identity": identity, "how": how, "window": list(window)}
     note["sha256"] = content_hash(tensors)
-    with writing(path, os.replace) as file:
-        write_tensors(file, tensors, json.dumps(note, sort_keys=True))
+    with writing(path) as file:
+        write_tensors(file, tensors, json.dumps(signed(note), sort_keys=True))
     tidy(folder, keep)
     fsync_folder(path.parent)
 
 
 def tidy(folder: Path, keep: int) -> None:
     """Delete a run's temporary files whose writer is gone, and all but the newest ``keep`` checkpoints."""
-    for place in (folder, folder / FOLDER, folder / "samples"):
-        remove_abandoned(place)
+    remove_abandoned(folder, "student.safetensors", "config.json", "metrics.jsonl")
+    remove_abandoned(folder / FOLDER, "step-*.safetensors")
+    remove_abandoned(folder / "samples", "step-*.png")
     for old in steps_saved(folder)[:-keep]:
         checkpoint_path(folder, old).unlink()
 
@@ -83,18 +97,9 @@ def load_checkpoint(
     Raises:
         UserError: it is damaged, or of a run with another ``identity``: the error names every field that differs.
     """
-    path = checkpoint_path(folder, step)
-    try:
-        metadata, tensors = read_safetensors(path)
-        note = json.loads(metadata["ddfast"])
-        if (note["format"], note["step"]) != (FORMAT, step):
-            raise KeyError(f"format {note['format']}, step {note['step']}")
-        there, window, how, sha256 = (note[key] for key in ("identity", "window", "how", "sha256"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged or of another version of ddfast; delete it to go on from the one before ({error})"
-        ) from error
-    lines = differences(there, json.loads(json.dumps(identity)))
+    note, tensors = read_checked(folder, step)
+    path, fix = checkpoint_path(folder, step), "delete it to go on from the one before"
+    lines = differences(note.identity, json.loads(json.dumps(identity)))
     if lines:
         raise UserError(
             f"{folder} holds a run of another configuration: {'; '.join(lines)}. "
@@ -102,8 +107,31 @@ def load_checkpoint(
         )
     found = {key: tuple(t.shape) for key, t in tensors.items()}
     if found != {f"{part}.{name}": shape for part in PARTS for name, shape in shapes.items()}:
-        raise UserError(f"{path} holds other weights than this student's; delete it to go on from the one before")
-    if content_hash(tensors) != sha256:
-        raise UserError(f"{path} is damaged: its checksum differs; delete it to go on from the one before")
+        raise UserError(f"{path} holds other weights than this student's; {fix}")
     state = {part: {name: tensors[f"{part}.{name}"] for name in shapes} for part in PARTS}
-    return state, window, how
+    return state, note.window, note.how
+
+
+def read_checked(folder: Path, step: int) -> tuple[Note, dict[str, Tensor]]:
+    """A checkpoint's note and tensors, memory-mapped.
+
+    Raises:
+        UserError: it is damaged, or of another version.
+        OSError: it cannot be read, though it may be sound.
+    """
+    path, fix = checkpoint_path(folder, step), "delete it to go on from the one before"
+    try:
+        metadata, tensors = read_safetensors(path)
+        values = read_note(path, metadata, "checkpoint")
+        if values.get("format") != UNSIGNED or "checksum" in values:
+            check_signature(values, "its note", fix)
+        note: Note = restore(Note, {k: v for k, v in values.items() if k != "checksum"}, "its note")
+        if note.format not in (UNSIGNED, FORMAT) or note.step != step:
+            raise UserError(f"format {note.format}, step {note.step}")
+    except UserError as error:
+        raise UserError(
+            f"{path} is damaged or of another version of ddfast; {fix} ({error.__cause__ or error})"
+        ) from error
+    if content_hash(tensors) != note.sha256:
+        raise UserError(f"{path} is damaged: its checksum differs; {fix}")
+    return note, tensors

@@ -1,7 +1,7 @@
 """What decides a student: one frozen record, and the recipes it starts from.
 
-How a run is computed (ranks, micro-batches, precision of the arithmetic, logging) is in :class:`ddfast.training.Run`:
-it decides rounding and speed alone.
+How a run is computed (ranks, micro-batches, precision of the arithmetic, logging) is in :class:`Run`: it decides
+rounding and speed alone. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from ..errors import UserError
 
 LR_BATCH = 256
 """Learning rates are given for this batch."""
+SCHEDULES = ("cosine", "constant")
+DISTANCES = ("lpips", "l2", "features")
+PRECISIONS = ("float32", "bfloat16")
+WAYS = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -111,12 +115,57 @@ class TrainConfig:
         return asdict(self)
 
 
-SCHEDULES = ("cosine", "constant")
-
-
 def _require(fine: bool, name: str, value: object, rule: str) -> None:
     if not fine:
         raise UserError(f"{name.replace('_', '-')} {value} {rule}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a student is trained: decides rounding, speed and what is written, not what is learnt.
+
+    Attributes:
+        precision: of the matrix products, by autocast; weights, sums and optimiser are float32.
+        micro_batch: pairs in one forward pass of a rank; None for the rank's whole share of a batch.
+        parallel: "ddp" or "fsdp", with several ranks.
+        compile: torch.compile every block.
+        activation_checkpointing: forget the blocks' activations and compute them again for the gradient.
+        log_every, eval_every, save_every: steps between lines, measurements on the holdout, and checkpoints.
+        keep: newest checkpoints that stay.
+        samples: pictures in a grid, made at each measurement.
+    """
+
+    precision: str = "float32"
+    micro_batch: int | None = None
+    parallel: str = "ddp"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    log_every: int = 50
+    eval_every: int = 5000
+    save_every: int = 5000
+    keep: int = 2
+    samples: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "log_every", "eval_every", "save_every", "keep", "samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision is {self.precision!r}; use one of {', '.join(PRECISIONS)}")
+        if self.parallel not in WAYS:
+            raise UserError(f"parallel is {self.parallel!r}; use one of {', '.join(WAYS)}")
+
+    def pieces(self, batch: int, world: int) -> tuple[int, int]:
+        """(micro-batch, micro-batches a step) of every rank; UserError where they do not fill the batch evenly."""
+        if batch % world:
+            raise UserError(f"batch {batch} cannot be shared by {world} ranks; use a multiple of {world}")
+        share = batch // world
+        micro = self.micro_batch or share
+        if share % micro:
+            raise UserError(
+                f"micro-batch {micro} does not divide the {share} pairs of a rank; use a divisor of {share}"
+            )
+        return micro, share // micro
 
 
 PAPER = TrainConfig(

@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from ..digits.classifier import FILE as CLASSIFIER_FILE
 from ..digits.classifier import load_classifier
 from ..errors import UserError
-from ..models.checkpoints import require_file
+from ..files import require_readable, say_once
 from ..models.zoo import BUNDLED
+from .config import DISTANCES
 from .lpips import MIN_SIDE, VGG_FILE, load_lpips
 
-NAMES = ("lpips", "l2", "features")
 CLASSIFIER = "digits-classifier"
 PIXELS = 8 * 256 * 256  # decoded at a time
 SAME = 0.01  # features that differ by less of the largest are the same up to rounding, TF32's too
@@ -117,17 +117,27 @@ class ClassifierFeatures(nn.Module):
 
 
 def load_program(path: Path, device: torch.device | str) -> nn.Module:
-    """A network saved by ``torch.export.save``, frozen, on ``device``. UserError when the file is no such thing."""
+    """A network saved by ``torch.export.save``, frozen, on ``device``. Such a file is a program, and reading it runs
+    it: nothing can make a stranger's safe.
+
+    Raises UserError when the file is no such thing.
+    """
     from torch.export.passes import move_to_device_pass  # takes a second to import
 
-    require_file(path)
+    require_readable(path)
+    say_once(f"{path} is a program, and is run: use only your own, or one whose maker you trust")
     try:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise UserError(f"{path} is damaged: the checksum of {damaged} differs; copy it again")
         program = torch.export.load(path)
-    except (zipfile.BadZipFile, RuntimeError, KeyError, AssertionError) as error:
-        raise UserError(f"{path} cannot be read as a program of torch.export.save; is it complete?") from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file makes of the loader
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{path} cannot be read as a program of torch.export.save; is it complete? ({reason})"
+        ) from error
     return move_to_device_pass(program, str(device)).module().requires_grad_(False)
 
 
@@ -175,8 +185,8 @@ def make_distance(
     Raises:
         UserError: an unknown name, a missing or a superfluous option, or a file that does not fit.
     """
-    if name not in NAMES:
-        raise UserError(f"no distance is called {name!r}; use one of {', '.join(NAMES)}")
+    if name not in DISTANCES:
+        raise UserError(f"no distance is called {name!r}; use one of {', '.join(DISTANCES)}")
     for option, given, wanted in (("--lpips-weights", lpips_weights, "lpips"), ("--features", features, "features")):
         if given is not None and name != wanted:
             raise UserError(f"{option} {given} is not for the distance {name}; drop it, or use the distance {wanted}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.checkpoints import read_tensors, shortened
+from ..tensors import check_finite
 
 VGG_FILE = "vgg16-397923af.pth"
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # widths of the convolutions
@@ -106,6 +107,7 @@ def read_fitting(
     lines = [line for part in (missing, unexpected, misshapen) for line in shortened(part)]
     if lines:
         raise UserError(f"{path} is not {what}:\n  " + "\n  ".join(lines))
+    check_finite(tensors, path)
     return [tensors[key] for key in shapes]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import write_atomic
+from ..errors import UserError
+from ..files import require_file, write_atomic
 from ..models.student import Student
+from ..records import parse_json
 
+log = logging.getLogger("ddfast")
 METRICS = "metrics.jsonl"
 DATASHEET = {
     "H100": 989e12,
@@ -78,17 +82,14 @@ class Monitor:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / METRICS
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                if line.endswith("}") and json.loads(line)["step"] <= step:  # a line cut short is of a step to come
-                    kept.append(line + "\n")
+        if os.path.lexists(self.path):
+            require_file(self.path)
+        lines, damaged = read_lines(self.path)
+        if damaged:
+            log.warning(f"{self.path}: {damaged} lines that are no figures are dropped")
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
         write_atomic(self.path, "".join(kept).encode())
-        self._board: Any = None
-        if tensorboard_installed():
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        self._board: Any = board(folder / "tensorboard", step + 1)
 
     def scalars(self, step: int, **values: float) -> None:
         """One line of metrics.jsonl, and a curve each in TensorBoard."""
@@ -119,6 +120,36 @@ def tensorboard_installed() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
 
+def board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, from ``step`` on; None where it is not installed or cannot write there, which is told."""
+    if not tensorboard_installed():
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        return SummaryWriter(folder, purge_step=step)
+    except (OSError, ValueError) as error:  # a path that is no text for it, or a folder it may not write to
+        log.warning(f"TensorBoard cannot write to {folder}, so its curves are left out ({error})")
+        return None
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a metrics.jsonl, and how many of the others there are: damaged, but for a last one cut short."""
+    lines, damaged = [], 0
+    texts = path.read_bytes().split(b"\n") if path.exists() else []
+    for i, text in enumerate(texts):
+        text = text.strip(b"\0 \t\r")  # zeros are what a file server that went down leaves
+        try:
+            if text:
+                line = parse_json(text.decode(), path)
+                if type(line["step"]) is not int:
+                    raise TypeError("step")
+                lines.append(line)
+        except (UserError, UnicodeDecodeError, TypeError, KeyError, IndexError):
+            damaged += i < len(texts) - 1  # one without an end was cut short, and is of a step to come
+    return lines, damaged
+
+
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    """The lines of a run's metrics.jsonl that are whole."""
+    return read_lines(folder / METRICS)[0]

@@ -6,7 +6,6 @@ optimiser state on each, for students that do not fit.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,9 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..launcher import check_meeting, torchrun
 from ..models.student import Student
-
-WAYS = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -60,15 +58,16 @@ class Ranks:
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
     """The process group of torchrun, for as long as the scope lasts."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    launch = torchrun()
+    if launch.world == 1:
         yield Ranks()
         return
+    check_meeting()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Ranks(rank, world)
+        yield Ranks(launch.rank, launch.world)
     finally:
         dist.destroy_process_group()
 
@@ -122,6 +121,12 @@ def whole(t: Tensor) -> Tensor:
     """A parameter's or state's full value; every rank must ask."""
     gathered: Callable[[], Tensor] | None = getattr(t, "full_tensor", None)
     return t if gathered is None else gathered()
+
+
+def local(t: Tensor) -> Tensor:
+    """What of a parameter is on this rank."""
+    own: Callable[[], Tensor] | None = getattr(t, "to_local", None)
+    return t if own is None else own()
 
 
 @torch.no_grad()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,62 +18,14 @@ from ..models.student import Student
 from ..pictures import grid
 from ..records import differences
 from .checkpoint import load_checkpoint, save_checkpoint, steps_saved, tidy
-from .config import TrainConfig
+from .config import Run, TrainConfig
+from .memory import check_disk, check_memory, saved_bytes
 from .monitor import Monitor, flops_a_pair, peak_flops
-from .objective import Objective
-from .parallel import WAYS, Ranks, assign, drop_gathered, last_of_several, parallelise, whole
+from .objective import Losses, Objective
+from .parallel import Ranks, assign, drop_gathered, last_of_several, local, parallelise, whole
 from .source import Source, draw_timesteps
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FIGURES = ("loss", "distance", "cross_entropy", "agreement")
-
-
-@dataclass(frozen=True)
-class Run:
-    """How a student is trained: decides rounding, speed and what is written, not what is learnt.
-
-    Attributes:
-        precision: of the matrix products, by autocast; weights, sums and optimiser are float32.
-        micro_batch: pairs in one forward pass of a rank; None for the rank's whole share of a batch.
-        parallel: "ddp" or "fsdp", with several ranks.
-        compile: torch.compile every block.
-        activation_checkpointing: forget the blocks' activations and compute them again for the gradient.
-        log_every, eval_every, save_every: steps between lines, measurements on the holdout, and checkpoints.
-        keep: newest checkpoints that stay.
-        samples: pictures in a grid, made at each measurement.
-    """
-
-    precision: str = "float32"
-    micro_batch: int | None = None
-    parallel: str = "ddp"
-    compile: bool = False
-    activation_checkpointing: bool = False
-    log_every: int = 50
-    eval_every: int = 5000
-    save_every: int = 5000
-    keep: int = 2
-    samples: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("micro_batch", "log_every", "eval_every", "save_every", "keep", "samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision is {self.precision!r}; use one of {', '.join(PRECISIONS)}")
-        if self.parallel not in WAYS:
-            raise UserError(f"parallel is {self.parallel!r}; use one of {', '.join(WAYS)}")
-
-    def pieces(self, batch: int, world: int) -> tuple[int, int]:
-        """(micro-batch, micro-batches a step) of every rank; UserError where they do not fill the batch evenly."""
-        if batch % world:
-            raise UserError(f"batch {batch} cannot be shared by {world} ranks; use a multiple of {world}")
-        share = batch // world
-        micro = self.micro_batch or share
-        if share % micro:
-            raise UserError(
-                f"micro-batch {micro} does not divide the {share} pairs of a rank; use a divisor of {share}"
-            )
-        return micro, share // micro
 
 
 class Report(Protocol):
@@ -95,7 +45,8 @@ class Trainer:
         folder: of the run.
         identity: JSON-able facts that decide the student beside ``config``: its pairs and teacher.
         images: embeddings [B, L, C] to images [B, 3, H, W] in [0, 1].
-        keep_student: writes the average's weights (by name) where users load students from.
+        keep_student: writes the average's weights (by name) of a step where users load students from.
+        student_step: the step of the student that is there.
 
     Raises:
         UserError: the folder holds a run of another configuration, or a damaged checkpoint; nothing was written.
@@ -112,9 +63,10 @@ class Trainer:
         identity: dict[str, Any],
         *,
         images: Callable[[Tensor], Tensor],
-        keep_student: Callable[[dict[str, Tensor]], None],
+        keep_student: Callable[[dict[str, Tensor], int], None],
         ranks: Ranks,
         report: Report,
+        student_step: int | None = None,
     ) -> None:
         config.check_timesteps(student.groups)
         self.micro, self.accumulate = run.pieces(config.batch, ranks.world)
@@ -131,7 +83,7 @@ class Trainer:
         self.device = next(student.parameters()).device
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.dtype = PRECISIONS[run.precision]
+        self.dtype: torch.dtype = getattr(torch, run.precision)
         self.flops = flops_a_pair(student)
         student.activation_checkpointing = run.activation_checkpointing
         if run.compile:
@@ -147,6 +99,25 @@ class Trainer:
         self.asked: list[bool] = []  # filled when someone asks to stop
         self.told = torch.zeros((), device=self.device)  # on how many ranks that was so in the last step
         self.done = self.resume()
+        stale = ranks.first and self.done != (student_step or 0)
+        self.stale = bool(ranks.most(torch.tensor(int(stale), device=self.device)))
+
+    def check_room(self) -> None:
+        """Raise UserError where a step does not fit in memory, or what the run leaves on the disk."""
+        owned = {local(p).untyped_storage().data_ptr() for p in self.parameters.values()}
+        pairs, t_B = self.source.holdout(range(1)), torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.student.train()
+
+        def run() -> Losses:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return self.objective(self.student, pairs, t_B)
+
+        pair = saved_bytes(run, owned)
+        if self.done < self.config.steps:
+            here = sum(local(p).numel() for p in self.parameters.values())
+            check_memory(pair, here, self.micro, self.micro * self.accumulate, self.device)
+        if self.ranks.first:
+            check_disk(self.folder, sum(p.numel() for p in self.parameters.values()), self.run.keep)
 
     def _adamw(self) -> torch.optim.AdamW:
         """Matrices of linear layers decay; vectors, embeddings and positions do not."""
@@ -168,6 +139,10 @@ class Trainer:
             KeyboardInterrupt: after a first Ctrl-C or SIGTERM, with everything saved.
         """
         step, config = self.done, self.config
+        if self.stale and step:  # killed between the checkpoint and the student
+            average = {name: whole(t).cpu() for name, t in self.ema.items()}
+            if self.ranks.first:
+                self.keep_student(average, step)
         if step == config.steps:
             return self.measure(step, None)
         monitor = Monitor(self.folder, step) if self.ranks.first else None
@@ -341,7 +316,8 @@ class Trainer:
         monitor.picture(step, "teacher above student", torch.cat(list(both), dim=2))
 
     def save(self, step: int, monitor: Monitor | None) -> None:
-        """The average as a student of its own, and then a checkpoint: no checkpoint is newer than the student."""
+        """A checkpoint, and then the average as a student of its own. Killed in between, a run that goes on writes the
+        checkpoint's."""
         self.check_finite()
         moments = {name: self.optimizer.state[p] for name, p in self.parameters.items()}
         state: dict[str, dict[str, Tensor]] = {"model": dict(self.parameters), "ema": dict(self.ema)}
@@ -358,8 +334,8 @@ class Trainer:
         if monitor is not None:
             monitor.sync()
             window = self.window.tolist()
-            self.keep_student({name: t.detach() for name, t in state["ema"].items()})
             save_checkpoint(self.folder, step, self.identity, self.how, window, state, self.run.keep)
+            self.keep_student({name: t.detach() for name, t in state["ema"].items()}, step)
         self.ranks.wait()
 
     def resume(self) -> int:
@@ -391,6 +367,8 @@ class Trainer:
         """The most that this process has held."""
         if self.device.type == "cuda":
             return f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB on the GPU"
+        import resource  # of Unix
+
         return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
 
 
