@@ -80,7 +80,7 @@ def trainer_of(teacher: Teacher, batch: int, run: Run) -> Iterator[Trainer]:
             objective,
             {},
             images=tokenizer.decode_embeddings,
-            keep_student=lambda weights: None,
+            keep_student=lambda weights, step: None,
             ranks=Ranks(),
             report=Quiet(),
         )

@@ -33,6 +33,12 @@ LOCK = ".lock"
 UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.ENOTTY}
 """What file systems answer to what they do not have."""
 NO_LINKS = UNSUPPORTED | {errno.EPERM, errno.EMLINK, errno.EXDEV}
+SYSTEM = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EMFILE", "ENFILE", "EIO", "ENOMEM", "ESTALE", "ETIMEDOUT", "ENODEV", "EREMOTEIO")
+    if hasattr(errno, name)
+}
+"""Errors that say nothing of a file's content: it may be sound, and must not be called damaged."""
 TIDY = ("lost+found",)  # of a file system's own
 
 
@@ -68,6 +74,11 @@ def require_readable(path: Path) -> None:
     require_file(path)
     with open(path, "rb") as file:
         file.read(1)
+
+
+def of_the_system(error: BaseException) -> bool:
+    """Whether an error is of the system that reads a file, rather than of what is in it."""
+    return isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in SYSTEM
 
 
 def is_file(path: Path) -> bool:
@@ -115,8 +126,9 @@ def open_temporary(path: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def writing(path: Path, publish: Callable[[str, Path], None] = os.replace) -> Iterator[BinaryIO]:
-    """Yield a temporary file; on success fsync it and ``publish(temporary, path)``, otherwise remove it.
+def writing(path: Path, publish: Callable[[str, Path], None] | None = None) -> Iterator[BinaryIO]:
+    """Yield a temporary file; on success fsync it and ``publish(temporary, path)``, by default os.replace, otherwise
+    remove it.
 
     An OSError without a name of its own, such as that of a full disk, gets ``path``'s.
     """
@@ -126,7 +138,7 @@ def writing(path: Path, publish: Callable[[str, Path], None] = os.replace) -> It
                 yield file
                 file.flush()
                 _fsync(file.fileno(), path.parent)
-                publish(file.name, path)
+                (publish or os.replace)(file.name, path)
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise
@@ -221,15 +233,10 @@ def locked(folder: Path) -> BinaryIO:
     """
     path, flags = folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     while True:
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise UserError(f"{path} is not a lock file of ddfast; remove it, or choose another --out")
+        file = os.fdopen(os.open(path, flags, 0o666), "r+b")
         try:
-            file = os.fdopen(os.open(path, flags, 0o666), "r+b")
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise UserError(f"{path} is not a lock file of ddfast; remove it, or choose another --out") from None
-            raise
-        try:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"{path} is not a lock file of ddfast; remove it, or choose another --out")
             _lock(file.fileno(), folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path, follow_symlinks=False)):
@@ -349,9 +356,20 @@ def check_room(path: Path, need: int, what: str, advice: str) -> None:
     free = shutil.disk_usage(there).free
     if need > free:
         raise UserError(
-            f"{what} need about {need / 2**20:,.0f} MiB, but {there} has {free / 2**20:,.0f} MiB free; make room, "
-            f"{advice}"
+            f"{what} need about {readable(need)}, but {there} has {readable(free)} free; make room, {advice}"
         )
+
+
+def readable(size: float) -> str:
+    """Bytes for people.
+
+    >>> readable(1000), readable(3 << 30)
+    ('1000 bytes', '3.0 GiB')
+    """
+    if size < 1 << 10:
+        return f"{size:.0f} bytes"
+    power = min(4, (int(size).bit_length() - 1) // 10)
+    return f"{size / (1 << 10 * power):,.1f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
 
 
 def starts_with(*magic: bytes) -> Callable[[Path], bool]:

@@ -48,7 +48,8 @@ def check_meeting() -> None:
     """Raise UserError where ranks would not know where to meet."""
     missing = [name for name in MEETING if not os.environ.get(name)]
     if missing:
-        raise UserError(f"WORLD_SIZE is {torchrun().world}, but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set; {_advice()}")
+        names, be = " and ".join(missing), "are" if len(missing) > 1 else "is"
+        raise UserError(f"WORLD_SIZE is {torchrun().world}, but {names} {be} not set; {_advice()}")
 
 
 def _number(name: str) -> int | None:

@@ -29,7 +29,7 @@ def parse_json(data: bytes | str, where: object) -> Any:
         return json.loads(data, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         reason = "brackets within brackets" if isinstance(error, RecursionError) else error
-        raise UserError(f"{where} is not JSON ({reason})") from None
+        raise UserError(f"{where} is damaged, or is not JSON ({reason})") from None
 
 
 def _refuse(constant: str) -> None:
@@ -147,6 +147,16 @@ def checksum(record: Mapping[str, Any]) -> str:
 def signed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with its checksum."""
     return {**record, CHECKSUM: checksum(record)}
+
+
+def check_if_signed(record: dict[str, Any], where: object, fix: str) -> dict[str, Any]:
+    """A record of today's or yesterday's, without what signs it. Those from before signatures have no ``format``.
+
+    Raises UserError for one that has either mark of a signature, and not the right one.
+    """
+    if CHECKSUM in record or "format" in record:
+        check_signature(record, where, fix)
+    return {name: value for name, value in record.items() if name not in (CHECKSUM, "format")}
 
 
 def check_signature(record: Mapping[str, Any], where: object, fix: str) -> None:

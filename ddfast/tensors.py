@@ -11,19 +11,19 @@ import hashlib
 import json
 import logging
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import UserError
-from .files import file_sha256, require_readable
+from .errors import UserError, reason
+from .files import file_sha256, of_the_system, require_readable
 from .records import parse_json
 
 _TYPES = {
@@ -37,12 +37,22 @@ _TYPES = {
     torch.bool: "BOOL",
 }
 _NAME_WITH_HASH = re.compile(r".*-([0-9a-f]{8,64})\.pth?")
-_NUMBERS: list[Any] = [  # of NumPy, which ride along beside weights: a best FID, an epoch
-    np.dtype,
-    *(kind for name, kind in vars(np.dtypes).items() if re.fullmatch(r"(Float|U?Int)\d+DType|BoolDType", name)),
-    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
 HEAD = 256  # bytes that tell text from weights
+
+
+class _Beside:
+    """Stands for a NumPy number that rides along beside weights, a best FID or an epoch: it is nothing, and nothing of
+    NumPy's is called, which crashes of a damaged file."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+BESIDE: list[Any] = [
+    argparse.Namespace,  # training arguments
+    *((_Beside, f"numpy.{name}") for name in ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")),
+]
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], note: str) -> None:
@@ -93,13 +103,25 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of a safetensors file, memory-mapped where the file system can; UserError when it is
     damaged."""
     require_readable(path)
+    if not _is_text(path):
+        return _unmapped(path)
     try:
         with safe_open(path, "pt") as f:
             return f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}
     except SafetensorError as error:
-        raise UserError(_not_weights(path) or f"{path} is damaged or cut short ({error}); copy it again") from error
-    except (OSError, UnicodeError):  # no mapping there, or a name that is not UTF-8
+        raise UserError(
+            _not_weights(path) or f"{path} is damaged or cut short ({reason(error)}); copy it again"
+        ) from error
+    except OSError:  # no mapping there
         return _unmapped(path)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a path is UTF-8, as what opens files by name outside of Python wants it."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _unmapped(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -110,7 +132,9 @@ def _unmapped(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         size = int.from_bytes(data[:8], "little")
         return parse_json(data[8 : 8 + size], path).get("__metadata__", {}), tensors
     except SafetensorError as error:
-        raise UserError(_not_weights(path) or f"{path} is damaged or cut short ({error}); copy it again") from error
+        raise UserError(
+            _not_weights(path) or f"{path} is damaged or cut short ({reason(error)}); copy it again"
+        ) from error
 
 
 def read_note(path: Path, metadata: Mapping[str, str], what: str) -> dict[str, Any]:
@@ -138,15 +162,17 @@ def read_checkpoint(path: Path) -> Any:
     require_readable(path)
     try:
         mapped = _check_archive(path) if zipfile.is_zipfile(path) else _check_name(path)
-        with torch.serialization.safe_globals([argparse.Namespace, *_NUMBERS]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (UserError, MemoryError):
+        with torch.serialization.safe_globals(BESIDE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about its own formats
+            if _is_text(path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
         raise
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise UserError(_why_unread(path, error)) from error
     except Exception as error:  # whatever a damaged pickle makes of the unpickler
+        if of_the_system(error):
+            raise
         raise UserError(_why_unread(path, error)) from error
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddfast.errors import UserError, WorkError
+from ddfast.errors import UserError, WorkError, reason
 
 from .engine import Stage, Tensors
 from .manifest import Manifest
@@ -194,7 +194,7 @@ class AotiStage(Stage):
         except (RuntimeError, OSError) as error:
             raise UserError(
                 f"torch {torch.__version__} cannot load {path}, which torch {manifest.built['torch']} compiled "
-                f"({str(error).splitlines()[0]}); export again here"
+                f"({reason(error)}); export again here"
             ) from error
         self.runtime, self.device = f"AOTInductor, torch {torch.__version__}, {device.type.upper()}", device
         self.inputs = ("embeddings",) if stage == "decoder" else manifest.inputs

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -250,6 +250,15 @@ def open_stages(folder: Path, manifest: Manifest, device: torch.device) -> Engin
     return Engine(manifest, opened)
 
 
+def check_sources(folder: Path, manifest: Manifest) -> None:
+    """Raise UserError where a stage reads files that the manifest does not list, and so were not compared."""
+    module = target_module(manifest.target)
+    for name in manifest.stages.values() if hasattr(module, "sources") else ():
+        for source in sorted(module.sources(folder / name)):
+            if str(PurePosixPath(name).parent / source) not in manifest.files:
+                raise UserError(f"{folder / name} reads {source!r}, which its manifest does not list; export again")
+
+
 def open_engine(folder: Path | str, device: torch.device | str = "auto", trust: bool = False) -> Engine:
     """An exported folder, ready to run; "auto" is the device that it was built for.
 
@@ -264,6 +273,7 @@ def open_engine(folder: Path | str, device: torch.device | str = "auto", trust: 
     if manifest.target not in TARGETS:
         raise UserError(f"{folder} is for {manifest.target}, which this version does not know")
     check_trusted(folder, manifest, trust)
+    check_sources(folder, manifest)
     try:
         chosen = usual_device(manifest) if device == "auto" else torch.device(device)
         return open_stages(folder, manifest, chosen)

@@ -108,7 +108,7 @@ class Whole(nn.Module):
         super().__init__()
         self.trunk, self.decoder, self.num_classes = trunk, decoder, num_classes
 
-    def forward(self, label: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        embeddings = self.trunk(label, *others)
-        image = self.decoder(embeddings)
-        return marked(label, image, self.num_classes), embeddings  # once more: clamping makes some runtimes' NaN black
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        embeddings = self.trunk(*inputs)
+        image = self.decoder(embeddings)  # marked once more: some runtimes clamp NaN to black
+        return marked(inputs[0], image, self.num_classes), embeddings

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddfast.evaluation.sampled import DrawnImages
+from ddfast.evaluation.sampled import DrawnImages, to_bytes
 
 from .engine import Engine
 
@@ -32,7 +32,7 @@ class EngineImages(DrawnImages):
 
     def draw(self, samples: Tensor) -> Tensor:
         drawn = self.engine.draw(self.labels_of(samples), self.seed, samples)
-        return torch.cat([part["image"].mul(255).round().byte().cpu() for part in drawn])
+        return torch.cat([to_bytes(part["image"], self.name) for part in drawn])
 
 
 def engine_images(engine: Engine, classes: Sequence[int] | None, num: int, seed: int) -> EngineImages:

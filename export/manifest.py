@@ -125,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         record = read_json(path)
     except UserError as error:
-        raise UserError(f"{path} is damaged ({error}); {fix}") from error
+        raise UserError(f"{error}; {fix}") from None
     if not isinstance(record, dict) or record.get("kind") != KIND:
         raise UserError(f"{path} belongs to something else; `ddfast export` makes folders to run")
     if record.get("format") not in (UNSIGNED, FORMAT):

@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ddfast.errors import UserError, WorkError
+from ddfast.errors import UserError, WorkError, reason
 
 from .engine import Engine, Stage, Tensors, installed, require
 from .external import external_files
@@ -117,7 +117,7 @@ def refused(path: Path) -> Iterator[None]:
     except Exception as error:  # its exceptions share no class of their own
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise UserError(f"onnxruntime refuses {path}: {str(error).splitlines()[0][:300]}") from error
+        raise UserError(f"onnxruntime refuses {path}: {reason(error)}") from error
 
 
 @contextmanager
@@ -182,7 +182,6 @@ def usual_device(manifest: Manifest) -> str:
 
 def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device) -> Stage:
     """A graph in onnxruntime; on a CPU in OpenVINO where that alone is installed, or the graph is in bfloat16."""
-    check_listed(path, manifest, manifest.stages[stage])
     precision = manifest.precision[stage]
     alone = not installed("onnxruntime") and precision in ("fp32", "fp16")
     if device.type == "cpu" and installed("openvino") and (precision == "bf16" or alone):
@@ -193,12 +192,9 @@ def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device)
     return OnnxStage(path, precision, device)
 
 
-def check_listed(path: Path, manifest: Manifest, name: str) -> None:
-    """Raise UserError where a graph's weights are in files that its manifest does not list."""
-    beside = PurePosixPath(name).parent
-    for location in sorted(external_files(path)):
-        if str(beside / location) not in manifest.files:
-            raise UserError(f"{path} reads {location!r}, which its manifest does not list; export the student again")
+def sources(path: Path) -> set[str]:
+    """What a graph reads beside itself, by names relative to its folder."""
+    return external_files(path)
 
 
 class OnnxStage(Stage):

@@ -8,12 +8,12 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddfast.errors import UserError
+from ddfast.errors import UserError, reason
 
 from . import onnx
 from .engine import Stage, Tensors, require
@@ -74,13 +74,15 @@ def quantized(job: Job, stage: str, model: Any) -> int:
     return quantize_convolutions(model, input_ranges(model, calibration(job.model, job.timesteps)))
 
 
+def sources(path: Path) -> set[str]:
+    """What a graph reads beside itself."""
+    return {path.with_suffix(".bin").name}
+
+
 def open_stage(path: Path, stage: str, manifest: Manifest, device: torch.device) -> Stage:
     if device.type != "cpu":
         raise UserError(f"this folder runs on CPUs, not on {device}; use --device cpu, or export with --to tensorrt")
     require(EXTRA, "openvino")
-    weights = PurePosixPath(manifest.stages[stage]).with_suffix(".bin")
-    if str(weights) not in manifest.files:
-        raise UserError(f"{path} reads {weights.name}, which its manifest does not list; export the student again")
     return OpenVINOStage(path, AT_ONCE[stage], manifest.precision[stage])
 
 
@@ -107,8 +109,8 @@ class OpenVINOStage(Stage):
             try:
                 self.model = ov.Core().compile_model(path, "CPU", settings)
             except RuntimeError as error:
-                reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
-                raise UserError(f"OpenVINO refuses {path}: {reason[:300]}") from error
+                told = RuntimeError("\n".join(reversed(str(error).splitlines())))  # the last line says most
+                raise UserError(f"OpenVINO refuses {path}: {reason(told)}") from error
         self.request = self.model.create_infer_request()
         self.seen: set[int] = set()
         used = str(self.model.get_property("INFERENCE_PRECISION_HINT").get_type_name())  # a CPU may lack bfloat16

@@ -150,6 +150,10 @@ def stand_in(job: Job, manifest: Manifest) -> Engine | None:
     return onnx.stand_in(job, manifest) if backend_of(job) == "onnxruntime" else None
 
 
+def sources(path: Path) -> set[str]:
+    return onnx.sources(path) if path.suffix == ".onnx" else set()
+
+
 def usual_device(manifest: Manifest) -> str:
     return "cuda" if manifest.built["backend"] == "tensorrt" else onnx.usual_device(manifest)
 

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from ddfast.errors import UserError
-from ddfast.files import home
+from ddfast.files import home, is_file
 
 from .manifest import Manifest
 
@@ -43,7 +43,9 @@ def remember(manifest: Manifest) -> None:
         if path is None:
             raise OSError("there is no home")
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(
+            path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600
+        )
         with os.fdopen(descriptor, "a") as file:
             file.write(f"{manifest.checksum}\n")
     except OSError as error:
@@ -55,7 +57,7 @@ def remember(manifest: Manifest) -> None:
 def made_here(manifest: Manifest) -> bool:
     path = register()
     try:
-        return path is not None and manifest.checksum in path.read_text(encoding="utf-8", errors="replace").split()
+        return path is not None and is_file(path) and manifest.checksum in path.read_text(errors="replace").split()
     except OSError:
         return False
 

@@ -93,7 +93,7 @@ def test_options_reach_the_manifest(tmp_path: Path, bundle: str) -> None:
         ("--teacher BUNDLE --num 5 --out OUT --top-p 1.2", "top_p .*1.2"),
         ("--teacher BUNDLE --num 5 --out OUT --top-k 1000", "top-k is 1000"),
         ("--teacher BUNDLE --num 5 --out OUT --temperature 0", "temperature .*0"),
-        ("--teacher BUNDLE --num 5 --out OUT --labels 5", "label 5 is not a class"),
+        ("--teacher BUNDLE --num 5 --out OUT --labels 5", "--labels '5': '5' is no class"),
         ("--teacher BUNDLE --num 5 --out OUT --labels cat", "--labels 'cat'"),
         ("--teacher BUNDLE --num 5 --out OUT --nfe 0", "0"),
         ("--teacher BUNDLE --num 5 --out OUT --batch 0", "--batch is 0"),
@@ -146,7 +146,7 @@ def test_verify_names_every_bad_shard(tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "shard-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-3])
     said = refused(capsys, "pairs", "verify", str(tmp_path))
-    assert "2 of 3 shards" in said and "00000.safetensors is missing" in said and "00002.safetensors is damaged" in said
+    assert "2 of 3 shards" in said and "shards 0:1 are missing" in said and "00002.safetensors is damaged" in said
 
 
 def test_two_ranks_and_one_process_write_the_same_folder(tmp_path: Path) -> None:

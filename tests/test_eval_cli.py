@@ -23,7 +23,7 @@ from evaluation_helpers import (
 from PIL import Image
 
 from ddfast.cli import eval as command
-from ddfast.cli import main
+from ddfast.cli import main, read
 from ddfast.errors import UserError
 
 __all__ = ["inception_file"]  # a fixture
@@ -31,10 +31,9 @@ __all__ = ["inception_file"]  # a fixture
 
 def ddfast_eval(*argv: str | Path) -> int:
     """Run the command as the parser hands it over."""
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["eval", *map(str, argv)])
-    return int(args.func(args))
+    args = read(["eval", *map(str, argv)])
+    assert args is not None
+    return command.run(args)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +141,7 @@ def test_what_cannot_work_is_refused_before_work(
     refused("must end in .npz", real, "--digits", "--save-reference", tmp_path / "r.pt")
     refused("file is not a folder", real, "--digits", "--save-reference", tmp_path / "file" / "r.npz")
     refused("file is not a folder", real, "--digits", "--out", tmp_path / "file" / "out")
-    refused("holds the images; samples.png would become one", real, "--digits", "--out", real)
+    refused("real holds .* but no evaluation", real, "--digits", "--out", real)
     refused("--device tpu", real, "--digits", "--device", "tpu")
     with pytest.raises(SystemExit):
         ddfast_eval(real, "--digits", "--inception", weights)
@@ -155,10 +154,10 @@ def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out.replace("\\\n", " ")
     examples = [line.split("#")[0].split() for line in shown.splitlines() if line.strip().startswith("ddfast eval ")]
     assert len(examples) >= 5
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
     for words in examples:
-        command.check_options(existing(parser.parse_args(words[1:])))
+        args = read(words[1:])
+        assert args is not None
+        command.check_options(existing(args))
 
 
 def existing(args: argparse.Namespace) -> argparse.Namespace:

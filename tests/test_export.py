@@ -26,6 +26,7 @@ from ddfast.export.int8 import quantize
 from ddfast.export.manifest import Batch, Manifest, read_manifest
 from ddfast.export.parity import psnr
 from ddfast.models import Distilled, load_student, load_teacher
+from ddfast.records import signed
 from ddfast.sampling import few_step
 
 onnx = pytest.importorskip("onnx")
@@ -215,9 +216,11 @@ def test_an_overflow_is_no_export(raster: Distilled, tmp_path: Path) -> None:
 
 
 def change(**entries: Any) -> Callable[[Path], None]:
+    """What a forger does: other entries, signed again."""
+
     def apply(folder: Path) -> None:
         path = folder / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+        path.write_text(json.dumps(signed(json.loads(path.read_text()) | entries)))
 
     return apply
 
@@ -228,7 +231,7 @@ def change(**entries: Any) -> Callable[[Path], None]:
         (lambda f: (f / "manifest.json").unlink(), "is no exported folder: it has no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (change(kind="pairs"), "belongs to something else"),
-        (change(format=9), "has format 9, this is for format 1"),
+        (change(format=9), "has format 9, this is for format 2"),
         (change(batch={"least": 3, "best": 2, "most": 1}), "batches 3,2,1 must rise"),
         (change(target="abacus"), "is for abacus, which this version does not know"),
         (lambda f: (f / "model.onnx").unlink(), "lacks model.onnx, which its manifest lists"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddfast.cli import build_parser, main
+from ddfast.cli import main, read
 from ddfast.export.manifest import Batch, read_manifest
 from ddfast.models import load_student, load_teacher, save_student
 from ddfast.models.checkpoints import load_bundle, make_part
@@ -149,4 +149,4 @@ def test_examples_of_help_parse(command: str, capsys: pytest.CaptureFixture[str]
     examples = [shlex.split(line, comments=True) for line in lines if line.startswith(f"ddfast {command}")]
     assert examples, text
     for words in examples:
-        build_parser().parse_args(words[1:])
+        assert read(words[1:]) is not None

@@ -136,7 +136,7 @@ def test_a_folder_of_other_images_is_refused(student: Path, tmp_path: Path, caps
     other.mkdir()
     Image.new("RGB", (4, 4)).save(other / "mine.png")
     assert main([*words, str(other)]) == 2
-    assert "holds pictures that `ddfast sample` did not write" in capsys.readouterr().err
+    assert "holds 'mine.png', but no images of `ddfast sample`" in capsys.readouterr().err
     assert [p.name for p in other.iterdir()] == ["mine.png"]
 
 
@@ -236,7 +236,7 @@ def test_what_cannot_be_drawn_is_refused(
         ("--teacher digits-var --steps 1 --out x.png", "--steps is a plan of a student"),
         ("--teacher digits-var --weights w.pth --out x.png", "--weights are a student's"),
         ("--teacher var-d16 --out x.png", "name it with --teacher-weights"),
-        ("--teacher digits-var --out x.gif", "must end in .png, .jpg or .webp"),
+        ("--teacher digits-var --out x.gif", "must end in .png, .jpg, .jpeg, .webp, .npz"),
         ("--teacher digits-var --classes eihgt --out x.png", "did you mean eight?"),
     ],
 )

@@ -74,11 +74,11 @@ def test_ended_within_the_last_save(
     calls: list[None] = []
     plain = getattr(sys.modules[last.rpartition(".")[0]], last.rpartition(".")[2])
 
-    def second_time(*args: Any) -> None:
+    def second_time(*args: Any, **options: Any) -> None:
         calls.append(None)
         if len(calls) == 2:
             raise OSError(28, "No space left on device", "student.safetensors")
-        plain(*args)
+        plain(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(last, second_time)
@@ -88,15 +88,22 @@ def test_ended_within_the_last_save(
 
 
 def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path: Path, inputs: dict[str, list[str]]) -> None:
-    """Even by one that finds its steps done: temporary files, and checkpoints that were to be deleted."""
-    command = train(tmp_path, inputs["var"], "--save-every", "2")
+    """Even by one that finds its steps done: temporary files of its own, and checkpoints that were to be deleted."""
+    command = train(tmp_path / "run", inputs["var"], "--save-every", "2")
     assert main(command) == 0
-    before, last = outcome(tmp_path), checkpoints(tmp_path)[-1]
-    for folder in (tmp_path, tmp_path / "checkpoints", tmp_path / "samples"):
-        (folder / f".{last.name}.01234567.tmp").write_bytes(b"half")
+    run = tmp_path / "run"
+    before, last = outcome(run), checkpoints(run)[-1]
+    for name in ("student.safetensors", f"checkpoints/{last.name}", "samples/step-00000004.png", "metrics.jsonl"):
+        (run / name).with_name(f".{Path(name).name}.01234567.tmp").write_bytes(b"half")
     shutil.copy(last, last.with_name("step-00000002.safetensors"))
+    kept = [run / ".notes.tmp", run / ".notes.01234567.tmp", run / "checkpoints" / ".x.tmp"]
+    for path in kept:
+        path.write_bytes(b"mine")
     assert main(command) == 0
-    assert outcome(tmp_path) == before and len(checkpoints(tmp_path)) == 2
+    for path in kept:
+        assert path.read_bytes() == b"mine"
+        path.unlink()
+    assert outcome(run) == before and len(checkpoints(run)) == 2
 
 
 def test_a_folder_in_use_is_left_alone(

@@ -175,7 +175,7 @@ def without_note(data: bytes) -> bytes:
 
 
 def of_another_format(data: bytes) -> bytes:
-    return data.replace(rb"\"format\": 1", rb"\"format\": 7", 1)
+    return data.replace(rb"\"format\": 2", rb"\"format\": 7", 1)
 
 
 @pytest.mark.parametrize("damage", [cut, without_note, of_another_format, lambda data: b""])

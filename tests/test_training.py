@@ -373,7 +373,7 @@ def test_what_is_not_finite_ends_the_run_with_the_step_named(
     run = Run(log_every=50, eval_every=50, save_every=3)
     trainer = new_trainer(tmp_path, teacher, dataset, settings(steps=9), run)
     students: list[dict[str, Tensor]] = []
-    trainer.keep_student = lambda weights: students.append({k: t.clone() for k, t in weights.items()})
+    trainer.keep_student = lambda weights, step: students.append({k: t.clone() for k, t in weights.items()})
     plain, calls = trainer.objective, 0
 
     def objective(*inputs: Any) -> Losses:

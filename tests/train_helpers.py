@@ -75,7 +75,7 @@ def new_trainer(
         Objective(student, L2(), teacher.codebook.clone(), config),
         {"teacher": teacher.name},
         images=tokenizer.decode_embeddings,
-        keep_student=lambda weights: None,
+        keep_student=lambda weights, step: None,
         ranks=Ranks(),
         report=Told(),
     )

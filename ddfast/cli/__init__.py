@@ -81,11 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             build_parser().print_help()
             return 2
         interrupted = args.interrupted or INTERRUPTED
-        from .process import prepared
+        from .process import imported, prepared
 
+        module, _, function = args.work.partition(":")
+        work = getattr(imported(f"{__package__}.{module}"), function)
         with prepared():
-            module, _, function = args.work.partition(":")
-            code = int(getattr(importlib.import_module(f".{module}", __package__), function)(args))
+            code = int(work(args))
             if sys.stdout is not None:
                 sys.stdout.flush()
             return code

@@ -14,7 +14,7 @@ from .. import __version__
 from ..errors import UserError
 from ..export.bench import Latency, latency
 from ..export.build import open_engine
-from ..files import check_file, starts_with, write_atomic
+from ..files import check_file, replacing, starts_with
 from ..hardware import cpu_name
 from .progress import console
 from .shared import engine_device
@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         facts |= {"student": engine.manifest.student["name"], "timesteps": list(engine.manifest.timesteps)}
         facts |= {"runtime": engine.runtime, "hardware": where, "ddfast": __version__}
         facts["rows"] = [row.record() for row in rows]
-        write_atomic(args.json, (json.dumps(facts, indent=1) + "\n").encode())
+        with replacing(args.json) as file:
+            file.write((json.dumps(facts, indent=1) + "\n").encode())
     return 0
 
 

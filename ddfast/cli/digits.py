@@ -22,7 +22,7 @@ from ..digits.train import (
     train_digits,
     write_report,
 )
-from ..files import check_file, check_folder, starts_with, write_atomic
+from ..files import check_file, check_folder, replacing, starts_with
 from ..models.zoo import BUNDLED
 from .options.digits import ONLY
 from .progress import console, progress_bar
@@ -59,7 +59,8 @@ def eval_command(args: argparse.Namespace) -> int:
     report = measure_students(args.student) if args.student else measure_files(folder, chosen(args.only))
     print_report(report)
     if args.json is not None:
-        write_atomic(args.json, (json.dumps(report, indent=2) + "\n").encode())
+        with replacing(args.json) as file:
+            file.write((json.dumps(report, indent=2) + "\n").encode())
     return 0
 
 

@@ -34,7 +34,7 @@ from ..pairs import (
 )
 from ..pairs.engine import run_of
 from ..pairs.store import Run, shard_path, shards_there
-from ..pictures import check_grid, grid
+from ..pictures import check_ending, check_grid, grid
 from .progress import console, progress_bar
 from .shared import announce, choose_device, chosen_dtype, chosen_sampling
 
@@ -164,6 +164,7 @@ def missing_ranges(there: Iterable[int], count: int) -> list[range]:
 def show_pairs(args: argparse.Namespace) -> int:
     if args.count < 1 or args.columns < 1:
         raise UserError(f"--count {args.count} and --columns {args.columns} must be at least 1")
+    check_ending(args.out)
     dataset = PairDataset(args.folder, partial=True)
     source = args.teacher or dataset.manifest.teacher
     if args.teacher is None and source not in TEACHERS:
@@ -190,8 +191,8 @@ def show_pairs(args: argparse.Namespace) -> int:
 def verify_pairs(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.folder)
     there = shards_there(args.folder)
-    count = manifest.num_shards
-    bad = [f"shards {r.start}:{r.stop} are missing" for r in missing_ranges(there, count)]
+    count, gone = manifest.num_shards, missing_ranges(there, manifest.num_shards)
+    bad = [f"shards {r.start}:{r.stop} are missing" for r in gone]
     bad += [
         f"{shard_path(args.folder, s)} is none of these pairs', whose shards are 0:{count}" for s in there if s >= count
     ]
@@ -206,6 +207,7 @@ def verify_pairs(args: argparse.Namespace) -> int:
             progress.advance(task, len(manifest.shard_range(shard)))
     if bad:
         listed = bad[:MOST_TOLD] + ([f"and {len(bad) - MOST_TOLD} more"] if len(bad) > MOST_TOLD else [])
-        raise UserError(f"{args.folder} is not sound:\n  " + "\n  ".join(listed))
+        wrong = sum(map(len, gone)) + len(bad) - len(gone)
+        raise UserError(f"{args.folder}: {wrong} of {count} shards are not sound:\n  " + "\n  ".join(listed))
     print(f"{args.folder}: {manifest.num} pairs of {manifest.teacher} in {manifest.num_shards} shards, all sound")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -20,6 +22,21 @@ class Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if os.environ.get("RANK") in (None, "", "0") and sys.stderr is not None:
             print(f"note: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def imported(name: str) -> ModuleType:
+    """A module. A Ctrl-C meanwhile counts when it is there: libraries swallow one, and are broken by it."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        return importlib.import_module(name)
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        module = importlib.import_module(name)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
+    return module
 
 
 @contextmanager

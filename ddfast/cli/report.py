@@ -17,7 +17,7 @@ from ..files import check_folder, locked
 from ..hardware import cpu_name
 from ..models import Distilled, load_student
 from ..pairs import PairDataset
-from ..records import read_json, restore
+from ..records import check_if_signed, read_json, restore
 from ..report import Report, Study, digits, write_page
 from ..report.plots import check_matplotlib
 from ..report.run import Examiner, Settings, Subject
@@ -152,7 +152,8 @@ def study(
     extractor = chosen_extractor(args, device)
     marginals = None if pairs is None else Marginals(PairDataset(pairs))
     drawing = open_teacher(args, args.teacher, device, students[0])
-    Sampler(students[0], drawing, marginals)  # refuses what does not belong together
+    for student in (*students, *(s for several in by_pairs.values() for s in several)):
+        Sampler(student, drawing, marginals)  # refuses what does not belong together
     subject = Subject(students, drawing, marginals, runs, by_pairs)
     facts: dict[str, Any] = {"dtype": str(chosen_dtype(args.dtype, device)).removeprefix("torch.")}
     if marginals is not None:
@@ -175,6 +176,7 @@ def pairs_of(run: Path) -> int:
     """How many pairs a run trained on, as its config.json says."""
     try:
         note = restore(dict[str, Any], read_json(run / "config.json"), "config.json")
+        note = check_if_signed(note, run / "config.json", "name another run")
         config = restore(dict[str, Any], note.get("config"), "config")
         num, holdout = restore(int, note.get("num_pairs"), "num_pairs"), restore(int, config.get("holdout"), "holdout")
     except UserError as error:

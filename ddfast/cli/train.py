@@ -25,7 +25,7 @@ from ..models.student import Student
 from ..models.zoo import load_tokenizer, teacher_name
 from ..pairs import Manifest, PairDataset, describe
 from ..pairs.manifest import Shape, check_origin
-from ..records import differences, read_object
+from ..records import checksum, differences, read_object, signed
 from ..training.checkpoint import steps_saved
 from ..training.config import DIGITS, RECIPES, Run, TrainConfig, recipe
 from ..training.distance import make_distance
@@ -54,25 +54,33 @@ def train(args: argparse.Namespace) -> int:
 
 def check_run_folder(out: Path) -> None:
     """Raise UserError where a run can neither begin nor go on."""
-    if is_file(out / RUN_FILE) and not steps_saved(out):
+    check_student(out, None, 0)
+    check_folder(out, "run of `ddfast train`", is_run)
+
+
+def check_student(out: Path, run: str | None, first_save: int) -> None:
+    """Raise UserError where training would begin anew over a student whose checkpoints are gone.
+
+    One is left without them by a run that was killed within its first save: the same ``run``, not beyond the step
+    ``first_save``, loses nothing. ``run`` None: not known yet, so that only what is of no run is refused.
+    """
+    if not is_file(out / RUN_FILE) or steps_saved(out):
+        return
+    try:
+        there = read_sampled(out / RUN_FILE)
+        fine = there.run is not None and (run is None or there.run == run and (there.step or 0) <= first_save)
+    except UserError:
+        fine = False
+    if not fine:
         raise UserError(
             f"{out} holds a student but none of its checkpoints, from which training could go on; it would be written "
             f"over. Choose another --out; --start {out} begins there with its weights"
         )
-    check_folder(out, "run of `ddfast train`", is_run)
 
 
 def is_run(folder: Path) -> bool:
     note = read_object(folder / CONFIG_FILE)
     return bool(steps_saved(folder)) or note is not None and {"config", "run"} <= note.keys()
-
-
-def step_of_student(folder: Path) -> int | None:
-    """Of the student in a run's folder; None where there is none, or it is damaged: then it is written again."""
-    try:
-        return read_sampled(folder / RUN_FILE).step
-    except UserError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -139,13 +147,16 @@ def run_training(args: argparse.Namespace, config: TrainConfig, run: Run, device
     )
     made = gather(args, config, run, device, ranks)
     student, manifest, identity = made.student, made.manifest, made.identity
-    teacher_sha256 = identity["weights"].get("transformer")
+    own = {
+        "teacher_sha256": identity["weights"].get("transformer"),
+        "run": checksum(identity | {"config": config.to_dict()}),
+    }
+    check_student(args.out, own["run"], min(run.save_every, config.steps))
 
     def keep_student(weights: dict[str, Tensor], step: int) -> None:
         part = make_part(student.kind, student.settings, weights, "the moving average")
         split = config.split_of(student.groups)
-        facts = config.timesteps, split, manifest.teacher, teacher_sha256, step
-        save_student(args.out / RUN_FILE, name, part, vq, *facts)
+        save_student(args.out / RUN_FILE, name, part, vq, config.timesteps, split, manifest.teacher, step=step, **own)
 
     name = f"{manifest.teacher}-student"
     count = sum(p.numel() for p in student.parameters())
@@ -169,7 +180,6 @@ def run_training(args: argparse.Namespace, config: TrainConfig, run: Run, device
             keep_student=keep_student,
             ranks=ranks,
             report=report,
-            student_step=step_of_student(args.out) if ranks.first else None,
         )
         trainer.check_room()
         if ranks.first:
@@ -177,8 +187,8 @@ def run_training(args: argparse.Namespace, config: TrainConfig, run: Run, device
             if not begun:  # a folder that is refused stays as it is
                 held.enter_context(locked(args.out))
             note = {"config": config.to_dict(), "run": {f.name: getattr(run, f.name) for f in fields(Run)}} | identity
-            note["num_pairs"] = manifest.num
-            write_atomic(args.out / CONFIG_FILE, (json.dumps(note, indent=1, sort_keys=True) + "\n").encode())
+            note |= {"num_pairs": manifest.num, "format": 2}  # before it had a checksum it said none
+            write_atomic(args.out / CONFIG_FILE, (json.dumps(signed(note), indent=1, sort_keys=True) + "\n").encode())
             if not tensorboard_installed():
                 report.say("tensorboard is not installed, so its curves are left out: pip install 'ddfast[train]'")
         passes = f"{trainer.accumulate} pass{'es' * (trainer.accumulate > 1)}"

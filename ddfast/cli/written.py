@@ -6,6 +6,7 @@ import argparse
 import difflib
 import io
 import json
+import mimetypes
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,23 +27,9 @@ from ..records import differences, signed
 from .progress import console, progress_bar
 
 NPZ = ".npz"
+FORMAT = 2  # of sampling.json; before it had a checksum it said none
 ENDINGS = (*FORMATS, NPZ)
-OTHERS = (
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".svg",
-    ".pdf",
-    ".avif",
-    ".jp2",
-    ".npy",
-    ".zip",
-    ".tar",
-    ".pt",
-    ".pth",
-    ".json",
-)
+OTHERS = (".npy", ".pt", ".pth", ".ckpt", ".safetensors")  # and what Python's mimetypes knows
 
 
 def check_written(args: argparse.Namespace) -> None:
@@ -68,7 +55,11 @@ def is_folder(out: Path) -> bool:
         return True
     if ending in ENDINGS:
         return False
-    if ending in OTHERS or difflib.get_close_matches(ending, ENDINGS, n=1, cutoff=0.7):
+    if (
+        ending in OTHERS
+        or mimetypes.guess_type(f"x{ending}")[0]
+        or difflib.get_close_matches(ending, ENDINGS, n=1, cutoff=0.7)
+    ):
         raise UserError(
             f"{out} must end in {', '.join(ENDINGS)}; for a folder of that name, make it first: mkdir {out}"
         )
@@ -132,7 +123,7 @@ def fill_folder(
     record, there = images.facts(), read_sampling(folder)
     if there is not None:
         check_same(folder, there, record)
-    write_atomic(folder / MANIFEST, (json.dumps(signed(record), indent=1) + "\n").encode())
+    write_atomic(folder / MANIFEST, (json.dumps(signed(record | {"format": FORMAT}), indent=1) + "\n").encode())
     remove_abandoned(folder, MANIFEST, f"*{PNG_ENDING}")
     made = damaged = 0
     for first in list(range(0, len(images), batch))[rank::world]:

@@ -27,7 +27,7 @@ from ddfast.digits.teachers import RECIPES, train_teacher
 from ddfast.digits.tokenizer import round_trip_psnr
 from ddfast.errors import UserError
 from ddfast.evaluation.statistics import FeatureStatistics
-from ddfast.files import is_file, write_atomic
+from ddfast.files import is_file, replacing
 from ddfast.models.checkpoints import Part, load_bundle, make_part, save_bundle
 from ddfast.models.digits import DigitsTokenizer
 from ddfast.models.distilled import Distilled, load_student
@@ -108,7 +108,11 @@ def measure_students(folders: Sequence[Path]) -> Report:
         students.setdefault(model.teacher, {})[str(folder)] = model
     report: Report = {}
     for name, models in students.items():
-        found = measure_teacher(load_teacher(name), classifier, reference, models)
+        teacher = load_teacher(name)
+        for path, model in models.items():
+            if model.teacher_sha256 not in (None, teacher.weights_sha256["transformer"]):
+                raise UserError(f"{path} is a student of another {name} than the one that ships with ddfast")
+        found = measure_teacher(teacher, classifier, reference, models)
         report[name] = {"samples": SAMPLES} | {way: quality.to_dict() for way, quality in found.items()}
     return report
 
@@ -139,5 +143,6 @@ def write_report(folder: Path, report: Report, seconds: float | None = None) -> 
     if seconds is not None:
         header["training_seconds"] = round(seconds)
     path = folder / REPORT_FILE
-    write_atomic(path, (json.dumps(header | report, indent=2) + "\n").encode())
+    with replacing(path) as file:
+        file.write((json.dumps(header | report, indent=2) + "\n").encode())
     return path

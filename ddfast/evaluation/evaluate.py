@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import __version__
 from ..digits.metrics import accuracy
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import remove_abandoned, write_atomic
 from ..pictures import grid
 from .features import FeatureExtractor, Measured, measure
 from .images import ImageSource
@@ -192,6 +192,7 @@ def write_result(folder: Path, result: Mapping[str, Any], pictures_B3HW: Tensor,
         pictures_B3HW: uint8, the first samples.
         captions: one each.
     """
+    remove_abandoned(folder, JSON_FILE, TABLE_FILE, PICTURE_FILE)
     write_atomic(folder / JSON_FILE, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     write_atomic(folder / TABLE_FILE, markdown(result).encode(errors="backslashreplace"))
     grid(pictures_B3HW.float() / 255, captions, COLUMNS, folder / PICTURE_FILE)

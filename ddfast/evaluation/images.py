@@ -9,12 +9,13 @@ import contextlib
 import io
 import os
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError, WorkError
-from ..files import check_file, replacing, require_file, say_once
-from ..records import check_signature, read_json, restore
+from ..errors import UserError, WorkError, reason
+from ..files import check_file, of_the_system, replacing, require_file, say_once
+from ..records import check_if_signed, read_json, restore
 
 PNG_ENDING = ".png"
 ENDINGS = (".bmp", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", PNG_ENDING, ".ppm", ".tif", ".tiff", ".webp")
@@ -34,6 +35,7 @@ IMAGES, LABELS = "arr_0", "arr_1"
 MANIFEST = "sampling.json"  # what `ddfast sample` says of its folder
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the time of every member, so that the bytes are a function of the input
 MOST_CLASSES = 1 << 31
+LOCAL_HEADER, DESCRIPTOR = 30, 24  # bytes of a zip member before its name, and at most behind its data
 
 
 class ImageSource(Protocol):
@@ -170,14 +172,12 @@ def read_sampling(folder: Path) -> Sampling | None:
     try:
         record = read_json(path)
     except UserError as error:
-        raise UserError(f"{path} is damaged ({error}); {fix}") from error
-    if not isinstance(record, dict) or not {"classes", "num_classes", "num"} & record.keys():
+        raise UserError(f"{error}; {fix}") from None
+    if not isinstance(record, dict) or not {"classes", "num_classes", "num", "way", "checksum"} & record.keys():
         return None
     if missing := {"classes", "num_classes", "num"} - record.keys():
         raise UserError(f"{path} lacks {', '.join(sorted(missing))}; {fix}")
-    if "checksum" in record:
-        check_signature(record, path, fix)
-        del record["checksum"]
+    record = check_if_signed(record, path, fix)
     every = record["classes"] == "all"
     classes = None if every else restore(tuple[int, ...], record["classes"], f"{path}: classes")
     num, num_classes = (restore(int, record[name], f"{path}: {name}") for name in ("num", "num_classes"))
@@ -238,13 +238,12 @@ def damage(file: Path, what: str) -> Iterator[None]:
     """Whatever a damaged file makes of the library that reads it becomes a UserError; what the system says passes."""
     try:
         yield
-    except (UserError, MemoryError, WorkError):
+    except (UserError, WorkError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if of_the_system(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} cannot be read as {what}; is it complete? ({reason})") from error
+        raise UserError(f"{file} cannot be read as {what}; is it complete? ({reason(error)})") from error
 
 
 # --- an .npz
@@ -314,7 +313,22 @@ def reading_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open an .npz; any damage met before it is closed becomes a UserError."""
     require_file(path)
     with open(path, "rb") as file, damage(path, "an .npz"), zipfile.ZipFile(file) as archive:
+        check_directory(archive, file)
         yield archive
+
+
+def check_directory(archive: zipfile.ZipFile, file: BinaryIO) -> None:
+    """Raise BadZipFile where an archive's directory leaves members out, or calls them otherwise: a damaged entry would
+    be a missing array, and labels are no must."""
+    stop = 0
+    for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
+        archive.open(info).close()  # compares the names
+        if not 0 <= info.header_offset - stop <= DESCRIPTOR:
+            break
+        file.seek(info.header_offset + LOCAL_HEADER - 4)
+        stop = file.tell() + 4 + sum(struct.unpack("<HH", file.read(4))) + info.compress_size
+    if not 0 <= archive.start_dir - stop <= DESCRIPTOR:
+        raise zipfile.BadZipFile("it holds more than its directory lists")
 
 
 def keys(archive: zipfile.ZipFile) -> list[str]:

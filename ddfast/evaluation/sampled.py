@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..sampling import Plan, Sampler
 
 
@@ -71,6 +72,13 @@ class DrawnImages(ABC):
             yield self.draw(torch.arange(first, min(first + n, self.num)))
 
 
+def to_bytes(images_B3HW: Tensor, name: str) -> Tensor:
+    """Images in [0, 1] as uint8 on the CPU; UserError where ``name`` drew what is no number, which would be black."""
+    if not bool(images_B3HW.isfinite().all()):
+        raise UserError(f"images of {name} are not finite: its weights are damaged, or overflow in a type too narrow")
+    return images_B3HW.mul(255).round().byte().cpu()
+
+
 @dataclass(frozen=True)
 class SampledImages(DrawnImages):
     """The images of a plan."""
@@ -93,4 +101,4 @@ class SampledImages(DrawnImages):
     def draw(self, samples: Tensor) -> Tensor:
         labels = self.labels_of(samples).to(self.sampler.device)
         images = self.sampler.images(labels, self.sampler.noise(self.seed, samples), self.plan)
-        return images.mul(255).round().byte().cpu()
+        return to_bytes(images, self.name)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import replacing
 from ..records import check_name, check_signature, restore, signed
 from ..tensors import check_finite, content_hash, is_plain, read_checkpoint, read_note, read_safetensors, write_tensors
@@ -228,8 +228,7 @@ def config_from_json(kind: str, values: Any, where: str, tensors: int | None = N
     try:
         expected(kind, config)
     except Exception as error:  # whatever torch makes of sizes that do not go together
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{where}: no {kind} can be built of its config ({reason}); copy the file again") from error
+        raise UserError(f"{where}: no {kind} can be built of its config ({reason(error)}); copy it again") from error
     return config
 
 

@@ -30,14 +30,20 @@ RUN_FILE = "student.safetensors"  # what a training run leaves in its folder
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a student's file says besides its weights: its teacher, how it is sampled, and after how many steps of
-    training it was written."""
+    """What a student's file says besides its weights: its teacher, how it is sampled, and where it comes from.
+
+    Attributes:
+        teacher, timesteps, split, teacher_sha256: see :class:`Distilled`.
+        step: of training, at which it was written.
+        run: the checksum of what decides the run that wrote it.
+    """
 
     teacher: str
     timesteps: tuple[int, ...]
     split: int
     teacher_sha256: str | None = None
     step: int | None = None
+    run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,18 +136,18 @@ def save_student(
     teacher: str,
     teacher_sha256: str | None = None,
     step: int | None = None,
+    run: str | None = None,
 ) -> None:
     """Write a bundle that :func:`load_student` reads.
 
-    ``teacher`` is the name of what it was distilled from, ``teacher_sha256`` the content hash of that one's
-    transformer, ``step`` the steps of training behind it.
+    ``teacher`` is the name of what it was distilled from; for the others see :class:`Sampled`.
 
     Raises UserError where the tokenizer or the timesteps do not fit the student.
     """
     _check(name, student, tokenizer, timesteps, split)
     extra: dict[str, Any] = {"timesteps": list(timesteps), "split": split, "teacher": check_name(teacher, name)}
-    extra |= {} if teacher_sha256 is None else {"teacher_sha256": teacher_sha256}
-    extra |= {} if step is None else {"step": step}
+    known = {"teacher_sha256": teacher_sha256, "step": step, "run": run}
+    extra |= {name: value for name, value in known.items() if value is not None}
     save_bundle(path, name, {"student": student, "tokenizer": tokenizer}, extra)
 
 

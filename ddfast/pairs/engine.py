@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import check_folder, check_room, remove_abandoned
 from ..flow.tokens import BAD_NOISE, check_codebook
 from ..models import Teacher
@@ -204,7 +204,7 @@ def execute(
         decoder = PairDecoder(teacher, manifest, min(batch, len(manifest.shard_range(0)))) if plan.missing else None
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"a batch of {batch} does not fit on {teacher.device}: use a smaller --batch ({error})"
+            f"a batch of {batch} does not fit on {teacher.device}: use a smaller --batch ({reason(error)})"
         ) from error
     claim(folder, manifest)
     remove_abandoned(folder, FILE, "shard-*.safetensors")

@@ -150,7 +150,10 @@ def read_manifest(folder: Path) -> Manifest:
     path, fix = folder / FILE, "restore it, or make the pairs anew in another folder"
     if not path.exists():
         raise UserError(f"{folder} holds no pairs: there is no {FILE}; make them with `ddfast pairs --out {folder}`")
-    values = read_json(path)
+    try:
+        values = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {fix}") from None
     if not isinstance(values, dict) or "groups" not in values:
         raise UserError(f"{path} is no manifest of pairs: it is damaged, or belongs to something else; {fix}")
     if values.get("format") != FORMAT:

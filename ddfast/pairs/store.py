@@ -22,7 +22,7 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import write_atomic
 from ..records import restore
 from ..tensors import read_note, read_safetensors
@@ -130,7 +130,7 @@ def read_shard(folder: Path, manifest: Manifest, shard: int, full: bool = True) 
         note = read_note(path, metadata, "shard")
         of: Note = restore(Note, note, "its note")
     except UserError as error:
-        raise UserError(f"{path} is damaged or cut short ({error.__cause__ or error}); {fix}") from error
+        raise UserError(f"{path} is damaged or cut short ({reason(error.__cause__ or error)}); {fix}") from error
     found = {k: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for k, t in tensors.items()}
     if of.manifest != manifest.checksum or of.shard != shard:
         raise UserError(f"{path} belongs to other pairs than {folder}/manifest.json describes; {fix}")

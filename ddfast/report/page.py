@@ -16,7 +16,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import remove_abandoned, write_atomic
 from .plots import LABELS, Plot, draw
 from .record import FILE, KINDS, METRICS, Report, Row, Study
 
@@ -59,6 +59,8 @@ def write_page(folder: Path, report: Report) -> None:
     plots = draw(report.studies)
     blocks = list(content(report, plots, pictures))
     pages = {"report.md": to_markdown(blocks), "report.html": to_html(report.title, blocks), FILE: report.to_json()}
+    remove_abandoned(folder, *pages)
+    remove_abandoned(folder / FIGURES, "*.png")
     for plot in plots:
         write_atomic(folder / FIGURES / f"{plot.name}.png", plot.png)
     for name, text in pages.items():

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import fsync_folder, remove_abandoned, writing
 from ..records import check_signature, differences, restore, signed
 from ..tensors import content_hash, read_note, read_safetensors, write_tensors
@@ -130,7 +130,7 @@ def read_checked(folder: Path, step: int) -> tuple[Note, dict[str, Tensor]]:
             raise UserError(f"format {note.format}, step {note.step}")
     except UserError as error:
         raise UserError(
-            f"{path} is damaged or of another version of ddfast; {fix} ({error.__cause__ or error})"
+            f"{path} is damaged or of another version of ddfast; {fix} ({reason(error.__cause__ or error)})"
         ) from error
     if content_hash(tensors) != note.sha256:
         raise UserError(f"{path} is damaged: its checksum differs; {fix}")

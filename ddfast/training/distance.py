@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..digits.classifier import FILE as CLASSIFIER_FILE
 from ..digits.classifier import load_classifier
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import require_readable, say_once
 from ..models.zoo import BUNDLED
 from .config import DISTANCES
@@ -134,9 +134,8 @@ def load_program(path: Path, device: torch.device | str) -> nn.Module:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # whatever a damaged file makes of the loader
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{path} cannot be read as a program of torch.export.save; is it complete? ({reason})"
+            f"{path} cannot be read as a program of torch.export.save; is it complete? ({reason(error)})"
         ) from error
     return move_to_device_pass(program, str(device)).module().requires_grad_(False)
 
@@ -152,10 +151,9 @@ def check_features(extract: Extract, name: str, side: int, device: torch.device 
     try:
         both, first = features_of(extract, images), features_of(extract, images[:1])
     except Exception as error:  # whatever a user's network may raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{name} does not map images [B, 3, {side}, {side}], for every B, to a tensor or a tuple of them; "
-            f"export it with that size and a dynamic batch ({reason})"
+            f"export it with that size and a dynamic batch ({reason(error)})"
         ) from error
     shapes = [list(t.shape) for t in both]
     if not both or any(t.ndim < 2 or len(t) != 2 for t in both) or any(len(t) != 1 for t in first):

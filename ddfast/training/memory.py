@@ -14,7 +14,7 @@ from ..files import check_room
 from ..pairs.memory import free_bytes
 from .checkpoint import steps_saved
 
-MARGIN = 1.25  # of what is saved for the gradient: what a backward pass holds besides
+MARGIN = 1.3  # of what is saved for the gradient: what a backward pass holds besides
 STATE = 4 * 4  # bytes a weight in a checkpoint: it, its average and both moments, in float32
 TO_COME = 3 * 4  # bytes a weight that the first step adds: gradient and both moments
 
@@ -37,15 +37,15 @@ def saved_bytes(run: Callable[[], Any], owned: set[int]) -> int:
     return total
 
 
-def check_memory(pair: int, weights: int, micro: int, share: int, device: torch.device) -> None:
+def check_memory(pair: int, fixed: int, micro: int, share: int, device: torch.device) -> None:
     """Raise UserError where a step does not fit in the free memory of ``device``.
 
     Args:
         pair: bytes that one pair saves for the gradient.
-        weights: number of weights on this rank.
+        fixed: bytes that a step takes whatever its pairs.
         micro, share: pairs in one pass, and of a rank in a step.
     """
-    free, fixed, each = free_bytes(device), TO_COME * weights, int(MARGIN * pair)
+    free, each = free_bytes(device), int(MARGIN * pair)
     if fixed + micro * each <= free:
         return
     need = (

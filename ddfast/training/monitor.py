@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import require_file, write_atomic
 from ..models.student import Student
 from ..records import parse_json
@@ -129,7 +129,7 @@ def board(folder: Path, step: int) -> Any:
     try:
         return SummaryWriter(folder, purge_step=step)
     except (OSError, ValueError) as error:  # a path that is no text for it, or a folder it may not write to
-        log.warning(f"TensorBoard cannot write to {folder}, so its curves are left out ({error})")
+        log.warning(f"TensorBoard cannot write to {folder}, so its curves are left out ({reason(error)})")
         return None
 
 

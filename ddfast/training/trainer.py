@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from ..errors import UserError, WorkError
 from ..heap import keep_freed_memory
 from ..models.student import Student
+from ..pairs import Pairs
 from ..pictures import grid
 from ..records import differences
 from .checkpoint import load_checkpoint, save_checkpoint, steps_saved, tidy
 from .config import Run, TrainConfig
-from .memory import check_disk, check_memory, saved_bytes
+from .memory import TO_COME, check_disk, check_memory, saved_bytes
 from .monitor import Monitor, flops_a_pair, peak_flops
 from .objective import Losses, Objective
 from .parallel import Ranks, assign, drop_gathered, last_of_several, local, parallelise, whole
@@ -46,8 +48,6 @@ class Trainer:
         identity: JSON-able facts that decide the student beside ``config``: its pairs and teacher.
         images: embeddings [B, L, C] to images [B, 3, H, W] in [0, 1].
         keep_student: writes the average's weights (by name) of a step where users load students from.
-        student_step: the step of the student that is there.
-
     Raises:
         UserError: the folder holds a run of another configuration, or a damaged checkpoint; nothing was written.
     """
@@ -66,7 +66,6 @@ class Trainer:
         keep_student: Callable[[dict[str, Tensor], int], None],
         ranks: Ranks,
         report: Report,
-        student_step: int | None = None,
     ) -> None:
         config.check_timesteps(student.groups)
         self.micro, self.accumulate = run.pieces(config.batch, ranks.world)
@@ -99,23 +98,24 @@ class Trainer:
         self.asked: list[bool] = []  # filled when someone asks to stop
         self.told = torch.zeros((), device=self.device)  # on how many ranks that was so in the last step
         self.done = self.resume()
-        stale = ranks.first and self.done != (student_step or 0)
-        self.stale = bool(ranks.most(torch.tensor(int(stale), device=self.device)))
 
     def check_room(self) -> None:
         """Raise UserError where a step does not fit in memory, or what the run leaves on the disk."""
         owned = {local(p).untyped_storage().data_ptr() for p in self.parameters.values()}
-        pairs, t_B = self.source.holdout(range(1)), torch.zeros(1, dtype=torch.int64, device=self.device)
+        one = self.source.holdout(range(1))
         self.student.train()
 
-        def run() -> Losses:
+        def losses(count: int) -> Losses:
+            pairs = Pairs(*(t.expand(count, *t.shape[1:]).contiguous() for t in one))
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return self.objective(self.student, pairs, t_B)
+                return self.objective(self.student, pairs, torch.zeros_like(pairs.labels))
 
-        pair = saved_bytes(run, owned)
         if self.done < self.config.steps:
+            first, third = (saved_bytes(partial(losses, count), owned) for count in (1, 3))
+            pair = (third - first) // 2
             here = sum(local(p).numel() for p in self.parameters.values())
-            check_memory(pair, here, self.micro, self.micro * self.accumulate, self.device)
+            fixed = max(0, first - pair) + TO_COME * here
+            check_memory(pair, fixed, self.micro, self.micro * self.accumulate, self.device)
         if self.ranks.first:
             check_disk(self.folder, sum(p.numel() for p in self.parameters.values()), self.run.keep)
 
@@ -139,10 +139,6 @@ class Trainer:
             KeyboardInterrupt: after a first Ctrl-C or SIGTERM, with everything saved.
         """
         step, config = self.done, self.config
-        if self.stale and step:  # killed between the checkpoint and the student
-            average = {name: whole(t).cpu() for name, t in self.ema.items()}
-            if self.ranks.first:
-                self.keep_student(average, step)
         if step == config.steps:
             return self.measure(step, None)
         monitor = Monitor(self.folder, step) if self.ranks.first else None
@@ -316,8 +312,7 @@ class Trainer:
         monitor.picture(step, "teacher above student", torch.cat(list(both), dim=2))
 
     def save(self, step: int, monitor: Monitor | None) -> None:
-        """A checkpoint, and then the average as a student of its own. Killed in between, a run that goes on writes the
-        checkpoint's."""
+        """The average as a student of its own, and then a checkpoint: no checkpoint is newer than the student."""
         self.check_finite()
         moments = {name: self.optimizer.state[p] for name, p in self.parameters.items()}
         state: dict[str, dict[str, Tensor]] = {"model": dict(self.parameters), "ema": dict(self.ema)}
@@ -334,8 +329,8 @@ class Trainer:
         if monitor is not None:
             monitor.sync()
             window = self.window.tolist()
-            save_checkpoint(self.folder, step, self.identity, self.how, window, state, self.run.keep)
             self.keep_student({name: t.detach() for name, t in state["ema"].items()}, step)
+            save_checkpoint(self.folder, step, self.identity, self.how, window, state, self.run.keep)
         self.ranks.wait()
 
     def resume(self) -> int:
