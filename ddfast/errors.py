@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SHOWN = 200  # characters of what a library says
+SHOWN = 400  # characters of what a library says
 
 
 def reason(error: BaseException) -> str:

@@ -88,6 +88,14 @@ def is_file(path: Path) -> bool:
     return False
 
 
+def is_text(path: Path) -> bool:
+    """Whether a path is UTF-8, as what opens files by name outside of Python wants it."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def file_sha256(path: Path) -> str:
     """Hexadecimal."""
     sha256 = hashlib.sha256()

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import UserError, reason
-from .files import file_sha256, of_the_system, require_readable
+from .files import file_sha256, is_text, of_the_system, require_readable
 from .records import parse_json
 
 _TYPES = {
@@ -103,7 +103,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """(metadata, tensors) of a safetensors file, memory-mapped where the file system can; UserError when it is
     damaged."""
     require_readable(path)
-    if not _is_text(path):
+    if not is_text(path):
         return _unmapped(path)
     try:
         with safe_open(path, "pt") as f:
@@ -114,14 +114,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         ) from error
     except OSError:  # no mapping there
         return _unmapped(path)
-
-
-def _is_text(path: Path) -> bool:
-    """Whether a path is UTF-8, as what opens files by name outside of Python wants it."""
-    try:
-        return bool(str(path).encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _unmapped(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -164,7 +156,7 @@ def read_checkpoint(path: Path) -> Any:
         mapped = _check_archive(path) if zipfile.is_zipfile(path) else _check_name(path)
         with torch.serialization.safe_globals(BESIDE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about its own formats
-            if _is_text(path):
+            if is_text(path):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             with open(path, "rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)

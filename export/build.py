@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddfast import __version__
 from ddfast.errors import UserError, WorkError
-from ddfast.files import LOCK, check_folder, fsync_folder, locked, remove_abandoned_folders, unlock
+from ddfast.files import LOCK, check_folder, fsync_folder, is_text, locked, remove_abandoned_folders, unlock
 from ddfast.models import Distilled
 from ddfast.records import check_name
 
@@ -197,9 +197,19 @@ def export_student(
 
 def check_out(out: Path) -> None:
     """Raise UserError where a folder cannot be exported to."""
+    check_text(out)
     if out.is_dir() and is_exported(out):
         raise UserError(f"{out} is there already; remove it, or choose another --out")
     check_folder(out, "export that could be gone on with")
+
+
+def check_text(folder: Path) -> None:
+    """Raise UserError for a path that runtimes cannot open."""
+    if not is_text(folder):
+        raise UserError(
+            f"{folder} is not UTF-8, or this locale is not, and runtimes open their files by such names only; choose "
+            "another folder, or set PYTHONUTF8=1"
+        )
 
 
 @contextlib.contextmanager
@@ -269,6 +279,7 @@ def open_engine(folder: Path | str, device: torch.device | str = "auto", trust: 
             not the engine's.
     """
     folder = Path(folder)
+    check_text(folder)
     manifest = read_manifest(folder)
     if manifest.target not in TARGETS:
         raise UserError(f"{folder} is for {manifest.target}, which this version does not know")

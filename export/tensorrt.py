@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ddfast.errors import UserError
-from ddfast.files import check_writable, home, is_file
+from ddfast.files import check_file, home, is_file
 
 from . import trt_common as common
 from .engine import Engine, Stage, require
@@ -73,10 +73,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if images is not None and images < 1:
         raise UserError(f"--fp8-images is {images}; use at least 1")
     if options.get("timing_cache") and not options.get("script"):
-        cache = Path(options["timing_cache"])
-        if cache.is_dir():
-            raise UserError(f"--timing-cache {cache} is a folder; name a file")
-        check_writable(cache.parent)
+        check_file(Path(options["timing_cache"]), "a timing cache")
 
 
 def here() -> torch.device:

@@ -369,6 +369,14 @@ def test_an_export_goes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "link").is_symlink()
 
 
+def test_a_path_that_runtimes_cannot_open_is_refused(tmp_path: Path, made: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xd6"))
+    shutil.copytree(made, odd)
+    for use in (lambda: open_engine(odd), lambda: build.check_out(odd / "out")):
+        with pytest.raises(UserError, match="is not UTF-8, or this locale is not"):
+            use()
+
+
 def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "new", tmp_path / "empty"):

@@ -186,7 +186,7 @@ def test_no_engine_is_begun_without_a_gpu_or_tensorrt(student: Distilled, monkey
 
 
 def test_a_timing_cache_that_cannot_be_written_is_refused(student: Distilled, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a folder; name a file"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         check(make_job(student, options={"timing_cache": tmp_path}))
 
 

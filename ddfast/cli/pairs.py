@@ -197,6 +197,7 @@ def verify_pairs(args: argparse.Namespace) -> int:
         f"{shard_path(args.folder, s)} is none of these pairs', whose shards are 0:{count}" for s in there if s >= count
     ]
     here = sorted(s for s in there if s < count)
+    console().print(f"{len(here):,} of {counted(count, 'shard')} of {manifest.num:,} pairs to verify")
     with progress_bar(console(), Rate()) as progress:
         task = progress.add_task("verifying", total=sum(len(manifest.shard_range(s)) for s in here))
         for shard in here:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from .. import __version__
 from ..errors import UserError
 from ..evaluation.reference import load_reference
-from ..files import check_folder, locked
+from ..files import check_folder, locked, unlock
 from ..hardware import cpu_name
 from ..models import Distilled, load_student
 from ..pairs import PairDataset
@@ -42,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     check_matplotlib()
     check_options(args)
     check_folder(args.out, "report", names=OWN)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with locked(args.out):
+    with held(args.out):
         studies = digits_studies(args) if args.what else [other_study(args)]
         title = "Distilled Decoding: " + ", ".join(study.teacher for study in studies)
         page = Report(title, hardware(choose_device(args.device)), str(datetime.date.today()), studies, NOTES)
@@ -52,6 +52,20 @@ def run(args: argparse.Namespace) -> int:
         print(said(study))
     print(f"{args.out / 'report.html'}, report.md, report.json")
     return 0
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """A folder that is made, and this process's alone; where nothing came of it, it is gone again."""
+    absent = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    lock = locked(out)
+    try:
+        yield
+    finally:
+        unlock(lock, out)
+        if absent and not any(out.iterdir()):
+            out.rmdir()
 
 
 def check_options(args: argparse.Namespace) -> None:
