@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_helpers import FAMILIES
 from safetensors import safe_open
+from shared import shared_folder, traced_once
 from tiny import tiny_bundle, tiny_student
 from train_helpers import Launcher, share_modulation
 
@@ -77,6 +78,20 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     if not request.param.exists():
         pytest.fail(f"no file {request.param}.safetensors in {request.config.getoption('--golden')}", pytrace=False)
     return Golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what all workers of this run share: see ``shared.once``."""
+    return shared_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace_once(shared: Path) -> Iterator[None]:
+    """The same module is exported to ONNX once a run: each takes seconds, and many tests are about what comes after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", traced_once(shared))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ def test_options_reach_the_manifest(folder: Path) -> None:
 
 def test_a_script_for_another_machine_is_a_folder_too(raster_student_file: Path, tmp_path: Path) -> None:
     words = ["export", "--student", str(raster_student_file), "--to", "tensorrt", "--script", "--parity-images", "2"]
+    words += ["--batches", "1,2,4"]  # as in test_export_tensorrt.py, where the same graph is traced
     assert main([*words, "--workspace", "2048", "--min-agreement", "0.9", "--out", str(tmp_path / "there")]) == 0
     assert "workspace:2048" in (tmp_path / "there" / "build.sh").read_text()
     assert main(["run", str(tmp_path / "there"), "--out", str(tmp_path / "x.png")]) == 2
