@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def golden_files(config: pytest.Config, pattern: str) -> list[Path]:
     """The golden files of one kind in the folder chosen by --golden."""
     return sorted(Path(config.getoption("--golden")).glob(pattern + ".safetensors"))
+
+
+def settle() -> None:
+    """What is alive here stays: no later collection, which some of what is tested asks for, looks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    settle()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:
+        settle()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -81,16 +98,16 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for what all workers of this run share: see ``shared.once``."""
     return shared_folder(tmp_path_factory)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def trace_once(shared: Path) -> Iterator[None]:
+def trace_once(run_folder: Path) -> Iterator[None]:
     """The same module is exported to ONNX once a run: each takes seconds, and many tests are about what comes after."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.onnx, "export", traced_once(shared))
+        patch.setattr(torch.onnx, "export", traced_once(run_folder))
         yield
 
 

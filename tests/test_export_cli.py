@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation_helpers import small_reference
 from PIL import Image
 
 from ddfast.cli import build_parser, main
@@ -20,6 +21,8 @@ from ddfast.sampling import Sampler, few_step_plan
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+
+__all__ = ["small_reference"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,7 @@ def test_bench_tells_latency_by_batch(folder: Path, tmp_path: Path, capsys: pyte
     assert "64 images at once" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_reference")
 def test_eval_measures_an_exported_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     teacher = load_teacher("digits-llamagen")
     student = teacher.new_student(torch.Generator().manual_seed(0))

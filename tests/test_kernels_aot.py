@@ -153,10 +153,10 @@ SMALL = (filters.cuts_kernel, filters.filter_kernel, nearest.nearest_kernel)  # 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fresh_cache(shared: Path) -> Iterator[None]:
+def fresh_cache(run_folder: Path) -> Iterator[None]:
     """Compile in earnest: nothing from an earlier run. In this one, a kernel is compiled only once for a machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(shared / "triton"))
+        patch.setenv("TRITON_CACHE_DIR", str(run_folder / "triton"))
         yield
 
 

@@ -101,6 +101,7 @@ def test_a_teachers_distance_to_itself_is_that_of_its_noise() -> None:
     assert flow["FD_T"][0] == pytest.approx(found["FD_T"][0], rel=0.5)
 
 
+@pytest.mark.slow  # what it makes, `ddfast pairs` and `ddfast train`, and what it measures, a study, are tested alone
 def test_digits_from_nothing(tmp_path: Path) -> None:
     """A run too short for the paper's order, which the published report is held to below."""
     words = ["report", "digits", "--teachers", "digits-llamagen", "--num-pairs", "300", "--steps-scale", "0.03"]
@@ -165,11 +166,12 @@ def test_what_makes_no_report_is_refused(
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_command_that_fails_says_what_it_said(tmp_path: Path) -> None:
+def test_a_command_that_fails_says_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddfast.report.digits.SMALLER", ())  # one command
     plan = DigitsPlan(tmp_path, ("digits-var",), 100, 1, 1.0)
-    plan.pairs_folder("digits-var", 10).parent.mkdir()
-    plan.pairs_folder("digits-var", 10).write_text("in the way")
-    with pytest.raises(WorkError, match=r"(?s)pairs of digits-var, 10 failed \(\d\): ddfast pairs .*digits-var-10"):
+    plan.pairs_folder("digits-var", 100).parent.mkdir()
+    plan.pairs_folder("digits-var", 100).write_text("in the way")
+    with pytest.raises(WorkError, match=r"(?s)pairs of digits-var, 100 failed \(\d\): ddfast pairs .*digits-var-100"):
         prepare(plan, lambda name: None)
     with pytest.raises(UserError, match="steps-scale is 101"):
         DigitsPlan(tmp_path, ("digits-var",), 100, 1, 101)

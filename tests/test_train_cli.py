@@ -24,6 +24,7 @@ from ddfast.training import Trainer
 # Killed
 
 
+@pytest.mark.slow  # the next kills at chosen moments
 def test_killed_at_random_moments(tmp_path: Path, launch: Launcher, inputs: dict[str, list[str]]) -> None:
     """kill -9 again and again: the same curve, student, checkpoint and picture as undisturbed, and nothing else."""
     more = ("--steps", "60", "--save-every", "7", "--log-every", "3", "--keep", "3")
@@ -159,12 +160,13 @@ def assert_same_run(got: Path, want: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "way", "more"),
     [
-        ("var", "ddp", ""),
         ("llamagen", "ddp", "--micro-batch 4"),
-        ("llamagen", "ddp", "--distance-weight 0"),
-        ("var", "fsdp", "--micro-batch 4"),
-        ("llamagen", "fsdp", ""),
-        ("shared", "fsdp", "--activation-checkpointing --distance-weight 0"),
+        ("var", "fsdp", ""),
+        pytest.param("var", "ddp", "", marks=pytest.mark.slow),
+        pytest.param("llamagen", "ddp", "--distance-weight 0", marks=pytest.mark.slow),
+        pytest.param("var", "fsdp", "--micro-batch 4", marks=pytest.mark.slow),
+        pytest.param("llamagen", "fsdp", "", marks=pytest.mark.slow),
+        pytest.param("shared", "fsdp", "--activation-checkpointing --distance-weight 0", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_equal_one(
@@ -193,7 +195,7 @@ def test_a_sharded_run_goes_on_by_itself_or_on_one_rank(
     assert outcome(tmp_path / "two") == outcome(tmp_path / "whole")  # to the bit, as gloo adds two numbers
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_rank_that_is_asked_to_stop_stops_all(
     tmp_path: Path, launch: Launcher, inputs: dict[str, list[str]], way: str
 ) -> None:

@@ -6,6 +6,7 @@ runs cost one import of torch.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -172,10 +173,15 @@ class Launcher:
 
 
 def serve() -> None:
+    import torch._dynamo  # what every run imports
     import torch.distributed.fsdp
     import torch.utils.tensorboard
+    from PIL import Image
 
+    Image.init()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # no run looks through all of this again, nor copies its pages
     for line in sys.stdin:
         task = json.loads(line)
         Path(task["log"]).write_bytes(b"")
