@@ -24,6 +24,7 @@ from ddfast.export.build import Job, export_student, open_engine
 from ddfast.export.engine import Engine
 from ddfast.export.int8 import quantize
 from ddfast.export.manifest import Batch, Manifest, read_manifest
+from ddfast.export.onnx import OnnxStage
 from ddfast.export.parity import psnr
 from ddfast.models import Distilled, load_student, load_teacher
 from ddfast.sampling import few_step
@@ -133,7 +134,7 @@ def test_every_kind_of_student_is_traced(family: str, changes: dict[str, Any], r
     torch.testing.assert_close(program.module()(labels, noise), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow  # each of one step in float32 is exported in other tests, a tiny one in float16 too
+@pytest.mark.slow  # the first of one step in float32 is exported in other tests, a tiny one in float16 too
 @pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])
 def test_digits_students_lose_no_token_in_float32_and_few_in_float16(name: str, tmp_path: Path) -> None:
     teacher = load_teacher(name)
@@ -213,6 +214,23 @@ def test_too_few_equal_tokens_leave_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_image_that_is_not_finite_is_no_export(
+    raster: Distilled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = OnnxStage.__call__
+
+    def overflowing(stage: OnnxStage, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = run(stage, feeds)
+        found["image"][-1, 0, 0, 0] = torch.inf
+        return found
+
+    monkeypatch.setattr(OnnxStage, "__call__", overflowing)
+    with pytest.raises(WorkError, match="exported image is not finite: too narrow a type; use --precision bf16"):
+        export_student(quiet(Job(raster, "onnx", "fp32", (0,), BATCH)), tmp_path / "out", 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_an_overflow_is_no_export(raster: Distilled, tmp_path: Path) -> None:
     """fp16 exports that turn black: 70,000 is infinite in it."""
     broken = replace(raster, tokenizer=deepcopy(raster.tokenizer))

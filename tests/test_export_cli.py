@@ -85,11 +85,12 @@ def test_bench_tells_latency_by_batch(folder: Path, tmp_path: Path, capsys: pyte
 
 @pytest.mark.usefixtures("small_reference")
 def test_eval_measures_an_exported_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    teacher = load_teacher("digits-llamagen")
+    """Of the student that test_bench_export.py traces, too."""
+    teacher = load_teacher("digits-var")
     student = teacher.new_student(torch.Generator().manual_seed(0))
     part = make_part(student.kind, student.settings, student.state_dict(), "test")
-    tokenizer = load_bundle(BUNDLED / "digits-llamagen.safetensors")[1]["tokenizer"]
-    save_student(tmp_path / "s.safetensors", "s", part, tokenizer, (0,), 16, "digits-llamagen")
+    tokenizer = load_bundle(BUNDLED / "digits-var.safetensors")[1]["tokenizer"]
+    save_student(tmp_path / "s.safetensors", "s", part, tokenizer, (0,), len(teacher.groups) // 2, "digits-var")
     out = str(tmp_path / "engine")
     assert main(["export", "--student", str(tmp_path / "s.safetensors"), "--to", "onnx", "--out", out]) == 0
     assert main(["eval", out, "--digits", "--num", "50", "--out", str(tmp_path / "eval")]) == 0
