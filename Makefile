@@ -3,7 +3,9 @@
 
 PYTHON ?= python3
 ENV := .venv/bin
-PYTEST := OMP_NUM_THREADS=1 $(ENV)/pytest tests --numprocesses auto --maxprocesses 4 --dist loadfile --durations 10
+# A file goes to one worker whole, for what its tests share; tests/conftest.py says which files come first.
+PYTEST := OMP_NUM_THREADS=1 $(ENV)/pytest tests --numprocesses auto --maxprocesses 4 --dist loadfile \
+  --no-loadscope-reorder --durations 10
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt ddfast/__init__.py $(shell find csrc -type f)
 
 # Threads that wait must not spin: other processes may share the cores.

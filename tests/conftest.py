@@ -18,6 +18,8 @@ from ddfast.cli import main
 from ddfast.models import Teacher, load_teacher
 
 HERE = Path(__file__).parent
+LONG = ("export", "export_aoti", "report_cli", "train_cli", "kernels_aot", "layers_cuda", "kernels", "digits")
+"""Files of tests that take longest. They come first, so that no worker is left with one of them at the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def golden_files(config: pytest.Config, pattern: str) -> list[Path]:
     """The golden files of one kind in the folder chosen by --golden."""
     return sorted(Path(config.getoption("--golden")).glob(pattern + ".safetensors"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {f"test_{name}.py": place - len(LONG) for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path.name, 0))
 
 
 def settle() -> None:
