@@ -136,8 +136,9 @@ FILTERS: dict[str, LogitFilter] = {
 }
 SLOW = {
     *("vocab a power of two", "no filter", "temperature", "float16", "all kept", "top-k above vocab", "peaked"),
-    *("tiles, duplicate codes", "tiles, top-k", "tiles, top-p", "tiles, VAR, bfloat16", "tiles, llamagen, ties"),
-    *("all", "var, tiny top-p", "llamagen, top-p 0", "llamagen, top-k above vocab"),
+    *("duplicate codes", "tiles, duplicate codes", "tiles, top-k", "tiles, top-p", "tiles, VAR, bfloat16"),
+    *("tiles, llamagen, ties", "all", "var, top-p alone", "var, tiny top-p", "llamagen, top-p 0"),
+    "llamagen, top-k above vocab",
 }
 """Cases that take the interpreter long, and whose kind another covers."""
 

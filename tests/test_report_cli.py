@@ -9,6 +9,7 @@ import pytest
 import torch
 from _common import RESULTS
 from engine_helpers import FAMILIES
+from evaluation_helpers import small_reference
 from gpu_cases import Ceilings
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from ddfast.report import read_report
 from ddfast.report.digits import DigitsPlan, prepare
 from ddfast.report.run import Examiner, Settings, Subject, usual_involved, usual_skips
 from ddfast.sampling import Drawing, involved_plan, passes, teacher_plan
+
+__all__ = ["small_reference"]  # a fixture
 
 
 def test_usual_plans_are_those_of_the_paper_or_near() -> None:
@@ -85,6 +88,7 @@ def test_every_way_is_measured_for_every_seed(teacher: Teacher, student: Distill
     assert {total for _, _, total in told} == {40, 60}
 
 
+@pytest.mark.usefixtures("small_reference")
 def test_a_teachers_distance_to_itself_is_that_of_its_noise() -> None:
     """FD_T compares with other samples than those of the row: small, and not zero."""
     teacher = load_teacher("digits-llamagen")
