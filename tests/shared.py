@@ -60,7 +60,10 @@ def digest(*parts: object) -> str:
 
 
 def traced_once(folder: Path) -> Callable[..., Any]:
-    """``torch.onnx.export`` that traces a module with the same inputs and options only once a run."""
+    """``torch.onnx.export`` that traces a module with the same inputs and options only once a run.
+
+    What a module calls is no part of it: a test that patches such a function must trace a module of its own.
+    """
     trace = torch.onnx.export
 
     def export(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **options: Any) -> Any:

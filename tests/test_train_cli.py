@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ from ddfast.training import Trainer
 @pytest.mark.slow  # the next kills at chosen moments
 def test_killed_at_random_moments(tmp_path: Path, launch: Launcher, inputs: dict[str, list[str]]) -> None:
     """kill -9 again and again: the same curve, student, checkpoint and picture as undisturbed, and nothing else."""
-    more = ("--steps", "60", "--save-every", "7", "--log-every", "3", "--keep", "3")
+    more = ("--steps", "120", "--save-every", "7", "--log-every", "3", "--keep", "3")
     whole, killed = (train(tmp_path / name, inputs["llamagen"], *more) for name in ("whole", "killed"))
+    start = time.monotonic()
     assert launch(*whole) == [0], launch.said()
-    rng, kills = random.Random(0), 0
+    took, rng, kills = time.monotonic() - start, random.Random(0), 0
     for _ in range(8):
-        kills += launch(*killed, kill_after=rng.uniform(0.2, 1.0)) == [-signal.SIGKILL]
+        kills += launch(*killed, kill_after=rng.uniform(0.1, 0.35) * took) == [-signal.SIGKILL]
     assert kills >= 4
     assert launch(*killed) == [0], launch.said()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")

@@ -136,6 +136,7 @@ class Launcher:
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
     def __call__(
         self,
@@ -182,6 +183,7 @@ def serve() -> None:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # no run looks through all of this again, nor copies its pages
+    print("ready", flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         Path(task["log"]).write_bytes(b"")
