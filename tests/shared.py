@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock  # torch brings it along
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> Path:

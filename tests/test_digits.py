@@ -251,8 +251,8 @@ def test_normalised_features_have_unit_variance_and_the_same_logits() -> None:
 
 def test_training_is_reproducible_and_files_load(tmp_path: Path) -> None:
     for folder in "ab":
-        train_digits(tmp_path / folder, NAMES, 3, 0.002, quiet)
-    train_digits(tmp_path / "c", ("digits-llamagen",), 4, 0.002, quiet)
+        train_digits(tmp_path / folder, NAMES, 3, 0.001, quiet)
+    train_digits(tmp_path / "c", ("digits-llamagen",), 4, 0.001, quiet)
     for file in (FILE, *(f"{name}.safetensors" for name in TEACHERS)):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     llamagen = "digits-llamagen.safetensors"
