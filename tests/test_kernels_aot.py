@@ -171,7 +171,7 @@ def builds() -> Iterator[Any]:
             yield pytest.param(case, capability, id=name, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("case", "capability"), builds())
+@pytest.mark.parametrize(("case", "capability"), list(builds()))
 def test_fits_the_machine(case: Case, capability: int) -> None:
     built = compile_kernel(case.kernel, case.values, capability, case.options)
     print(f"\nsm_{capability} {case.name:34s} warps {case.options['num_warps']:2d}  {built}")
