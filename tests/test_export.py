@@ -33,9 +33,6 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
 BATCH = Batch(1, 4, 8)  # the same wherever it does not matter, so that a student is traced only once
-one_family = pytest.mark.parametrize(
-    "teacher", ["var", pytest.param("llamagen", marks=pytest.mark.slow)], indirect=True
-)
 
 
 def quiet(job: Job, **changes: Any) -> Job:
@@ -149,7 +146,7 @@ def test_digits_students_lose_no_token_in_float32_and_few_in_float16(name: str, 
     assert weights[1] < 0.6 * weights[0]
 
 
-@one_family
+@pytest.mark.parametrize("teacher", ["var", pytest.param("llamagen", marks=pytest.mark.slow)], indirect=True)
 def test_two_steps_a_pair_and_a_fixed_batch(model: Distilled, tmp_path: Path) -> None:
     job = Job(model, "onnx", "fp32", (0, 2), Batch(3, 3, 3), layout="pair", single_file=0)
     manifest = export_student(quiet(job), tmp_path / "pair")
@@ -171,9 +168,16 @@ def test_a_large_whole_graph_has_its_weights_beside_it(raster: Distilled, tmp_pa
     torch.testing.assert_close(drawn(open_engine(tmp_path / "large"), 4), expected(raster, 4), rtol=0, atol=2e-5)
 
 
-@one_family
-def test_noise_made_in_the_graph_is_the_noise_of_everywhere_else(model: Distilled, tmp_path: Path) -> None:
-    layout = "pair" if "var" in model.teacher else "whole"
+@pytest.mark.parametrize(
+    ("teacher", "layout"),
+    [
+        ("var", "pair"),  # as in test_export_openvino.py
+        pytest.param("var", "whole", marks=pytest.mark.slow),
+        pytest.param("llamagen", "whole", marks=pytest.mark.slow),
+    ],
+    indirect=["teacher"],
+)
+def test_noise_made_in_the_graph_is_the_noise_of_everywhere_else(model: Distilled, layout: str, tmp_path: Path) -> None:
     job = Job(model, "onnx", "fp32", (0,), seeded=True, layout=layout)
     manifest = export_student(quiet(job), tmp_path / "seeded")
     engine = open_engine(tmp_path / "seeded")

@@ -163,7 +163,6 @@ def assert_same_run(got: Path, want: Path) -> None:
     ("name", "way", "more"),
     [
         ("llamagen", "ddp", "--micro-batch 4"),
-        pytest.param("var", "fsdp", "", marks=pytest.mark.slow),
         pytest.param("var", "ddp", "", marks=pytest.mark.slow),
         pytest.param("llamagen", "ddp", "--distance-weight 0", marks=pytest.mark.slow),
         pytest.param("var", "fsdp", "--micro-batch 4", marks=pytest.mark.slow),
