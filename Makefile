@@ -3,6 +3,9 @@
 
 PYTHON ?= python3
 ENV := .venv/bin
+# A file goes to one worker whole, for what its tests share; tests/conftest.py says which files come first.
+PYTEST := OMP_NUM_THREADS=1 $(ENV)/pytest tests --numprocesses auto --maxprocesses 4 --dist loadfile \
+  --no-loadscope-reorder --durations 10
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt ddfast/__init__.py $(shell find csrc -type f)
 
 # Threads that wait must not spin: other processes may share the cores.
@@ -13,10 +16,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types wheel bench gpu clean
+.PHONY: help demo test test-all lint types wheel bench gpu clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' Makefile
 
 demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, its one-step pictures and figures, and the exported file
 	$(ENV)/ddfast pairs --teacher digits-var --num 21000 --out demo/var/pairs
@@ -34,8 +37,11 @@ demo: .venv/installed-demo  ## both bundled teachers: 21,000 pairs, a student, i
 	  $(ENV)/ddfast run demo/$$family/onnx --classes 0-9 --num 40 --out demo/$$family/exported.png; \
 	done
 
-test: .venv/installed-test  ## the tests
-	OMP_NUM_THREADS=1 $(ENV)/pytest tests --numprocesses auto --maxprocesses 4 --dist loadfile
+test: .venv/installed-test  ## the tests, but for slow ones whose kind others cover
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/installed-test  ## all tests, as .ci/run runs them
+	$(PYTEST)
 
 lint: .venv/installed-lint  ## ruff: errors and formatting
 	$(ENV)/ruff check .

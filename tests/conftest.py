@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from engine_helpers import FAMILIES
 from safetensors import safe_open
+from shared import shared_folder, traced_once
 from tiny import tiny_bundle, tiny_student
 from train_helpers import Launcher, share_modulation
 
@@ -16,6 +18,8 @@ from ddfast.cli import main
 from ddfast.models import Teacher, load_teacher
 
 HERE = Path(__file__).parent
+LONG = ("export", "export_aoti", "report_cli", "train_cli", "kernels_aot", "layers_cuda", "kernels", "digits")
+"""Files of tests that take longest. They come first, so that no worker is left with one of them at the end."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +29,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def golden_files(config: pytest.Config, pattern: str) -> list[Path]:
     """The golden files of one kind in the folder chosen by --golden."""
     return sorted(Path(config.getoption("--golden")).glob(pattern + ".safetensors"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {f"test_{name}.py": place - len(LONG) for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path.name, 0))
+
+
+def settle() -> None:
+    """What is alive here stays: no later collection, which some of what is tested asks for, looks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    settle()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:
+        settle()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -77,6 +103,20 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     if not request.param.exists():
         pytest.fail(f"no file {request.param}.safetensors in {request.config.getoption('--golden')}", pytrace=False)
     return Golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what all workers of this run share: see ``shared.once``."""
+    return shared_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace_once(run_folder: Path) -> Iterator[None]:
+    """The same module is exported to ONNX once a run: each takes seconds, and many tests are about what comes after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", traced_once(run_folder))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,14 @@ def digit_images() -> tuple[Tensor, Tensor]:
     return (images[:300] * 255).round().byte().expand(-1, 3, -1, -1), labels[:300]
 
 
+@pytest.fixture
+def small_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the digits only 1,000 pictures count for precision and recall: distances between all 10,000 take seconds."""
+    monkeypatch.setattr(
+        "ddfast.evaluation.reference.reference_images", lambda given: (reference_images(given)[0][:1000],)
+    )
+
+
 def by_samples(x_ND: Tensor, y_MD: Tensor) -> float:
     """The same from the features themselves, without any D x D matrix: exact for fewer samples than features.
 

@@ -19,6 +19,7 @@ from evaluation_helpers import (
     pixels,
     save_npz,
     save_pictures,
+    small_reference,
 )
 from PIL import Image
 
@@ -26,7 +27,7 @@ from ddfast.cli import eval as command
 from ddfast.cli import main, read
 from ddfast.errors import UserError
 
-__all__ = ["inception_file"]  # a fixture
+__all__ = ["inception_file", "small_reference"]  # fixtures
 
 
 def ddfast_eval(*argv: str | Path) -> int:
@@ -82,6 +83,7 @@ def test_a_folder_against_itself_is_at_zero(digits: Path, tmp_path: Path) -> Non
     assert (result["precision"], result["recall"]) == (1.0, 1.0)
 
 
+@pytest.mark.slow  # the network is compared with theirs in test_evaluation.py, and the rest is that of digits
 @needs_fidelity
 def test_inception_measures_two_sets_of_pictures(
     tmp_path: Path, inception_file: Path, capsys: pytest.CaptureFixture[str]
@@ -190,6 +192,7 @@ def test_pictures_of_256_pixels_stay_as_they_are(tmp_path: Path) -> None:
         assert image.size == (256, 256)
 
 
+@pytest.mark.usefixtures("small_reference")
 def test_a_model_is_measured_like_its_pictures(tmp_path: Path) -> None:
     """The same samples drawn for it, from a folder of ``ddfast sample`` and from an .npz of it."""
     how = ["--teacher", "digits-llamagen", "--skip", "2", "--num", "60", "--classes", "2,zero", "--seed", "5"]

@@ -24,6 +24,7 @@ from ddfast.export.build import Job, export_student, open_engine
 from ddfast.export.engine import Engine
 from ddfast.export.int8 import quantize
 from ddfast.export.manifest import Batch, Manifest, read_manifest
+from ddfast.export.onnx import OnnxStage
 from ddfast.export.parity import psnr
 from ddfast.models import Distilled, load_student, load_teacher
 from ddfast.records import signed
@@ -31,6 +32,8 @@ from ddfast.sampling import few_step
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
+
+BATCH = Batch(1, 4, 8)  # the same wherever it does not matter, so that a student is traced only once
 
 
 def quiet(job: Job, **changes: Any) -> Job:
@@ -51,7 +54,7 @@ def raster(raster_student_file: Path) -> Distilled:
 def folder(model: Distilled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model`` as ONNX: float32, one step, any batch up to 8."""
     out = tmp_path_factory.mktemp("exported") / "engine"
-    export_student(quiet(Job(model, "onnx", "fp32", (0,), Batch(1, 4, 8))), out)
+    export_student(quiet(Job(model, "onnx", "fp32", (0,), BATCH)), out)
     return out
 
 
@@ -129,6 +132,7 @@ def test_every_kind_of_student_is_traced(family: str, changes: dict[str, Any], r
     torch.testing.assert_close(program.module()(labels, noise), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow  # the first of one step in float32 is exported in other tests, a tiny one in float16 too
 @pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])
 def test_digits_students_lose_no_token_in_float32_and_few_in_float16(name: str, tmp_path: Path) -> None:
     teacher = load_teacher(name)
@@ -143,6 +147,7 @@ def test_digits_students_lose_no_token_in_float32_and_few_in_float16(name: str, 
     assert weights[1] < 0.6 * weights[0]
 
 
+@pytest.mark.parametrize("teacher", ["var", pytest.param("llamagen", marks=pytest.mark.slow)], indirect=True)
 def test_two_steps_a_pair_and_a_fixed_batch(model: Distilled, tmp_path: Path) -> None:
     job = Job(model, "onnx", "fp32", (0, 2), Batch(3, 3, 3), layout="pair", single_file=0)
     manifest = export_student(quiet(job), tmp_path / "pair")
@@ -158,21 +163,31 @@ def test_two_steps_a_pair_and_a_fixed_batch(model: Distilled, tmp_path: Path) ->
 
 
 def test_a_large_whole_graph_has_its_weights_beside_it(raster: Distilled, tmp_path: Path) -> None:
-    export_student(quiet(Job(raster, "onnx", "fp32", (0,), single_file=0)), tmp_path / "large")
+    export_student(quiet(Job(raster, "onnx", "fp32", (0,), BATCH, single_file=0)), tmp_path / "large")
     onnx.checker.check_model(str(tmp_path / "large" / "model.onnx"))
     assert (tmp_path / "large" / "model.onnx.data").stat().st_size > 1000
     torch.testing.assert_close(drawn(open_engine(tmp_path / "large"), 4), expected(raster, 4), rtol=0, atol=2e-5)
 
 
-def test_noise_made_in_the_graph_is_the_noise_of_everywhere_else(model: Distilled, tmp_path: Path) -> None:
-    manifest = export_student(quiet(Job(model, "onnx", "fp32", (0,), seeded=True)), tmp_path / "seeded")
+@pytest.mark.parametrize(
+    ("teacher", "layout"),
+    [
+        ("var", "pair"),  # as in test_export_openvino.py
+        pytest.param("var", "whole", marks=pytest.mark.slow),
+        pytest.param("llamagen", "whole", marks=pytest.mark.slow),
+    ],
+    indirect=["teacher"],
+)
+def test_noise_made_in_the_graph_is_the_noise_of_everywhere_else(model: Distilled, layout: str, tmp_path: Path) -> None:
+    job = Job(model, "onnx", "fp32", (0,), seeded=True, layout=layout)
+    manifest = export_student(quiet(job), tmp_path / "seeded")
     engine = open_engine(tmp_path / "seeded")
     assert manifest.inputs == tuple(engine.first.inputs) == ("label", "seed", "sample")  # type: ignore[attr-defined]
     torch.testing.assert_close(drawn(engine, 5, 2**40 + 3), expected(model, 5, seed=2**40 + 3), rtol=0, atol=5e-5)
 
 
 def test_int8_weights_are_smaller_and_their_loss_is_measured(raster: Distilled, tmp_path: Path) -> None:
-    manifest = export_student(quiet(Job(raster, "onnx", "int8", (0,))), tmp_path / "int8", 0)
+    manifest = export_student(quiet(Job(raster, "onnx", "int8", (0,), BATCH)), tmp_path / "int8", 0)
     graph = onnx.load(tmp_path / "int8" / "model.onnx").graph
     undone = [node for node in graph.node if node.op_type == "DequantizeLinear"]
     small = {value.name: value for value in graph.initializer if value.data_type == onnx.TensorProto.INT8}
@@ -200,10 +215,27 @@ def test_too_few_equal_tokens_leave_nothing_behind(
 
     monkeypatch.setattr(build, "measure", other)
     with pytest.raises(WorkError, match=r"only 98.00% of the exported tokens are torch's, below --min-agreement 0.999"):
-        export_student(quiet(Job(raster, "onnx", "fp32", (0,))), tmp_path / "out")
+        export_student(quiet(Job(raster, "onnx", "fp32", (0,), BATCH)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
+def test_an_image_that_is_not_finite_is_no_export(
+    raster: Distilled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = OnnxStage.__call__
+
+    def overflowing(stage: OnnxStage, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = run(stage, feeds)
+        found["image"][-1, 0, 0, 0] = torch.inf
+        return found
+
+    monkeypatch.setattr(OnnxStage, "__call__", overflowing)
+    with pytest.raises(WorkError, match="exported image is not finite: too narrow a type; use --precision bf16"):
+        export_student(quiet(Job(raster, "onnx", "fp32", (0,), BATCH)), tmp_path / "out", 0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_an_overflow_is_no_export(raster: Distilled, tmp_path: Path) -> None:
     """fp16 exports that turn black: 70,000 is infinite in it."""
     broken = replace(raster, tokenizer=deepcopy(raster.tokenizer))
@@ -211,7 +243,7 @@ def test_an_overflow_is_no_export(raster: Distilled, tmp_path: Path) -> None:
     with torch.no_grad():
         quantizer.decoder[0].weight.mul_(1e7)
     with pytest.raises(WorkError, match="exported image is not finite: too narrow a type; use --precision bf16"):
-        export_student(quiet(Job(broken, "onnx", "fp16", (0,))), tmp_path / "out", 0)
+        export_student(quiet(Job(broken, "onnx", "fp16", (0,), BATCH)), tmp_path / "out", 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -317,10 +349,10 @@ def test_bfloat16_is_compared_by_what_runs_it(
     raster: Distilled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
-    graph = export_student(quiet(Job(raster, "onnx", "bf16", (0,))), tmp_path / "bf16", 0.5)
+    graph = export_student(quiet(Job(raster, "onnx", "bf16", (0,), BATCH)), tmp_path / "bf16", 0.5)
     assert graph.built["opset"] == 22 and graph.parity["runtime"].startswith("OpenVINO")
     without(monkeypatch, "openvino")
-    traced = export_student(quiet(Job(raster, "onnx", "bf16", (0,))), tmp_path / "torch", 0.5)
+    traced = export_student(quiet(Job(raster, "onnx", "bf16", (0,), BATCH)), tmp_path / "torch", 0.5)
     assert "in place of onnxruntime" in traced.parity["runtime"]
     with pytest.raises(UserError, match="onnxruntime has no bfloat16 on a CPU: pip install"):
         open_engine(tmp_path / "torch")

@@ -4,10 +4,12 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from tiny import student_part
 
 from ddfast.errors import UserError
 from ddfast.export import aoti
@@ -25,8 +27,9 @@ def job(model: Distilled, precision: str = "fp32", **changes: object) -> Job:
 
 @pytest.fixture(scope="module")
 def model(raster_student_file: Path) -> Distilled:
-    """Of one family: every compilation is slow."""
-    return load_student(raster_student_file)
+    """Of one family and one block: every compilation is slow."""
+    student: Any = student_part("llamagen", n_layer=1).build(torch.float32, "cpu")
+    return replace(load_student(raster_student_file), student=student)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,7 @@ def test_code_that_the_compiler_refuses_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # the same file runs in Python above
 @needs_compiler
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 def test_the_c_program_draws_an_image(exported: Path, tmp_path: Path) -> None:

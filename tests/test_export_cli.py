@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation_helpers import small_reference
 from PIL import Image
 
 from ddfast.cli import main, read
@@ -20,6 +21,8 @@ from ddfast.sampling import Sampler, few_step_plan
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+
+__all__ = ["small_reference"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,7 @@ def test_options_reach_the_manifest(folder: Path) -> None:
 
 def test_a_script_for_another_machine_is_a_folder_too(raster_student_file: Path, tmp_path: Path) -> None:
     words = ["export", "--student", str(raster_student_file), "--to", "tensorrt", "--script", "--parity-images", "2"]
+    words += ["--batches", "1,2,4"]  # as in test_export_tensorrt.py, where the same graph is traced
     assert main([*words, "--workspace", "2048", "--min-agreement", "0.9", "--out", str(tmp_path / "there")]) == 0
     assert "workspace:2048" in (tmp_path / "there" / "build.sh").read_text()
     assert main(["run", str(tmp_path / "there"), "--out", str(tmp_path / "x.png")]) == 2
@@ -79,12 +83,14 @@ def test_bench_tells_latency_by_batch(folder: Path, tmp_path: Path, capsys: pyte
     assert "64 images at once" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_reference")
 def test_eval_measures_an_exported_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    teacher = load_teacher("digits-llamagen")
+    """Of the student that test_bench_export.py traces, too."""
+    teacher = load_teacher("digits-var")
     student = teacher.new_student(torch.Generator().manual_seed(0))
     part = make_part(student.kind, student.settings, student.state_dict(), "test")
-    tokenizer = load_bundle(BUNDLED / "digits-llamagen.safetensors")[1]["tokenizer"]
-    save_student(tmp_path / "s.safetensors", "s", part, tokenizer, (0,), 16, "digits-llamagen")
+    tokenizer = load_bundle(BUNDLED / "digits-var.safetensors")[1]["tokenizer"]
+    save_student(tmp_path / "s.safetensors", "s", part, tokenizer, (0,), len(teacher.groups) // 2, "digits-var")
     out = str(tmp_path / "engine")
     assert main(["export", "--student", str(tmp_path / "s.safetensors"), "--to", "onnx", "--out", out]) == 0
     assert main(["eval", out, "--digits", "--num", "50", "--out", str(tmp_path / "eval")]) == 0

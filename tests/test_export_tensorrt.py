@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_helpers import FAMILIES
 from tiny import tiny_student
 from torch import Tensor
 
@@ -46,7 +45,7 @@ def students(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def student(students: dict[str, Distilled]) -> Distilled:
-    return students["var"]
+    return students["llamagen"]
 
 
 def make_job(model: Distilled, target: str = "tensorrt", precision: str = "fp16", **changes: Any) -> Job:
@@ -72,7 +71,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, name: str = "NVIDIA H200", capabilit
 # RTX engines
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param("var", marks=pytest.mark.slow), "llamagen"])
 def test_an_rtx_engine_is_built_without_a_gpu(students: dict[str, Distilled], family: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     out = tmp_path / "rtx"
@@ -92,6 +91,7 @@ def test_an_rtx_engine_is_built_without_a_gpu(students: dict[str, Distilled], fa
         open_engine(out, "cpu")
 
 
+@pytest.mark.slow  # fp16 is built above, and what fp8 makes of a graph is in test_export_fp8.py
 @pytest.mark.parametrize(("family", "precision", "layout"), [("llamagen", "bf16", "pair"), ("var", "fp8", "whole")])
 def test_rtx_engines_of_other_precisions(
     students: dict[str, Distilled], tmp_path: Path, family: str, precision: str, layout: str

@@ -21,8 +21,11 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
+BATCH = Batch(1, 4, 8)  # that of test_export.py, where the same students are traced
+
+
 def job(model: Distilled, precision: str = "fp32", **changes: Any) -> Job:
-    return replace(Job(model, "triton-server", precision, (0,), progress=lambda what: None), **changes)
+    return replace(Job(model, "triton-server", precision, (0,), BATCH, progress=lambda what: None), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +91,8 @@ def test_the_config_says_what_the_graph_takes_and_gives(exported: Path) -> None:
     graph = onnx.load(str(exported / "ddfast/1/model.onnx"), load_external_data=False).graph
     assert_config_fits(config, graph)
     assert [value.name for value in graph.output] == ["image"]
-    assert (config.name, config.backend, config.max_batch_size) == ("ddfast", "onnxruntime", 64)
-    assert list(config.dynamic_batching.preferred_batch_size) == [8, 64]
+    assert (config.name, config.backend, config.max_batch_size) == ("ddfast", "onnxruntime", 8)
+    assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
     assert list(config.input[0].dims) == [1] and config.input[0].HasField("reshape")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -40,6 +41,30 @@ def problem(n: int, vocab: int, channels: int, seed: int, spread: float = 2.0) -
     return cond, uncond, torch.randn(n, channels, generator=g), 0.7 * torch.randn(vocab, channels, generator=g)
 
 
+@cache
+def family(name: str, solver: str) -> tuple[Any, FlowResult]:
+    """100 rows of a family and what torch makes of them, once for all instruction sets."""
+    (p,) = draw(FAMILIES[name], 100, seed=5, chunk=100)
+    return p, solve_rows(p.log_p, None, p.noise, p.codebook, guidance=1.0, filter=DENSE, solver=make_solver(solver))
+
+
+@cache
+def filtered(vocab: int, keep: LogitFilter) -> tuple[tuple[Tensor, ...], Tensor, FlowResult]:
+    """60 rows of guided logits, what torch keeps of them and makes of them in float64, once for all levels."""
+    cond, uncond, noise, codebook = problem(60, vocab, 32 if vocab == 4096 else 8, seed=vocab + keep.top_k)
+    logits = guide(cond, uncond, 1.5).double()
+    options: dict[str, Any] = {"guidance": 1.0, "filter": keep, "solver": make_solver()}
+    want = solve_rows(logits, None, noise.double(), codebook, **options)
+    return (cond, uncond, noise, codebook), filter_logits(logits, keep) > -torch.inf, want
+
+
+@cache
+def odd(vocab: int, channels: int, keep: LogitFilter) -> tuple[tuple[Tensor, ...], FlowResult]:
+    """23 rows, and what torch makes of them, once for all instruction sets."""
+    given = problem(23, vocab, channels, seed=100 * vocab + channels)
+    return given, solve_rows(*given, guidance=2.0, filter=keep, solver=make_solver())
+
+
 def agree(got: FlowResult, want: FlowResult, but: int = 0, atol: float = 2e-3) -> None:
     """Tokens, end points and evaluations of all but a few tokens, whose two best codes are as good as equally far."""
     same = (got.tokens == want.tokens) & (got.evaluations == want.evaluations)
@@ -52,12 +77,12 @@ def agree(got: FlowResult, want: FlowResult, but: int = 0, atol: float = 2e-3) -
     [(4096, VAR), (16384, DENSE), (16384, LogitFilter(top_k=2000, rule="llamagen")), (16384, LogitFilter(top_k=8000))],
 )
 def test_kept_sets_and_tokens_equal_the_float64_twin(vocab: int, keep: LogitFilter) -> None:
-    cond, uncond, noise, codebook = problem(60, vocab, 32 if vocab == 4096 else 8, seed=vocab + keep.top_k)
+    (cond, uncond, noise, codebook), kept, want = filtered(vocab, keep)
     logits = guide(cond, uncond, 1.5)
-    assert torch.equal(ops.filter_logits(logits, keep) > -torch.inf, filter_logits(logits.double(), keep) > -torch.inf)
+    assert torch.equal(ops.filter_logits(logits, keep) > -torch.inf, kept)
     options: dict[str, Any] = {"guidance": 1.0, "filter": keep, "solver": make_solver()}
     got = ops.flow(logits, None, noise, codebook, **options)
-    agree(got, solve_rows(logits.double(), None, noise.double(), codebook, **options))
+    agree(got, want)
     options["guidance"] = 1.5
     assert torch.equal(got.tokens, ops.flow_tokens(cond, uncond, noise, codebook, **options))
 
@@ -65,11 +90,9 @@ def test_kept_sets_and_tokens_equal_the_float64_twin(vocab: int, keep: LogitFilt
 @pytest.mark.parametrize("channels", [1, 3, 4, 8, 11, 16, 32, 40])
 @pytest.mark.parametrize("vocab", [1, 2, 15, 16, 63, 64, 65, 130])
 def test_odd_sizes(vocab: int, channels: int) -> None:
-    cond, uncond, noise, codebook = problem(23, vocab, channels, seed=100 * vocab + channels)
     for keep in (DENSE, LogitFilter(top_k=(vocab + 1) // 2, top_p=0.9)):
-        options: dict[str, Any] = {"guidance": 2.0, "filter": keep, "solver": make_solver()}
-        want = solve_rows(cond, uncond, noise, codebook, **options)
-        agree(ops.flow(cond, uncond, noise, codebook, **options), want, but=1)
+        given, want = odd(vocab, channels, keep)
+        agree(ops.flow(*given, guidance=2.0, filter=keep, solver=make_solver()), want, but=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -162,9 +185,8 @@ def test_noise_from_far_out(channels: int) -> None:
 @pytest.mark.parametrize("name", ["var-geo", "llama-geo", "llama-sharp", "small"])
 @pytest.mark.parametrize("solver", ["adams", "precise"])
 def test_families(name: str, solver: str) -> None:
-    (p,) = draw(FAMILIES[name], 100, seed=5, chunk=100)
+    p, want = family(name, solver)
     options: dict[str, Any] = {"guidance": 1.0, "filter": DENSE, "solver": make_solver(solver)}
-    want = solve_rows(p.log_p, None, p.noise, p.codebook, **options)
     agree(ops.flow(p.log_p, None, p.noise, p.codebook, **options), want, but=1)
 
 

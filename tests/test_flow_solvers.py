@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from flow_helpers import one_thread  # noqa: F401 - a fixture
-from problems import FAMILIES, Family, draw
+from problems import FAMILIES, Family, Problem, draw
 from torch import Tensor
 
 from ddfast.errors import UserError
@@ -19,6 +20,7 @@ from ddfast.flow import (
     DEFAULT_SOLVER,
     SOLVERS,
     CodebookFlow,
+    FlowResult,
     LogitFilter,
     filter_logits,
     make_solver,
@@ -40,9 +42,9 @@ REFERENCE = ExactSolver(rtol=1e-5, certain=1e-5)  # against rtol 1e-7, not one t
         ("var-0.5", 2, 0.99),
         ("var-1.0", 3, 0.99),
         ("var-geo", 4, 0.99),
-        ("llama-iid", 5, 0.99),
-        ("llama-geo", 6, 0.99),
-        ("llama-k2000", 7, 0.99),
+        pytest.param("llama-iid", 5, 0.99, marks=pytest.mark.slow),
+        pytest.param("llama-geo", 6, 0.99, marks=pytest.mark.slow),
+        pytest.param("llama-k2000", 7, 0.99, marks=pytest.mark.slow),
         ("var-sharp", 8, 0.99),
         ("llama-sharp", 9, 0.99),
     ],
@@ -78,21 +80,30 @@ def test_float32_agrees_with_float64() -> None:
     assert single.x.dtype == torch.float32 and double.x.dtype == torch.float64
 
 
-def test_stopping_early_changes_nothing_that_matters() -> None:
+SHORTCUTS = {"certain": 0.0, "pair": 0.0, "prune": 0.0}
+
+
+@cache
+def at_length() -> tuple[Problem, FlowResult]:
+    """20,000 small problems and what the default solver makes of them when it takes no shortcut."""
     (problem,) = draw(FAMILIES["small"], 20_000, 3, chunk=20_000)
-    flow, solver = CodebookFlow(problem.log_p, problem.codebook), make_solver()
+    solver: Any = make_solver()
+    return problem, replace(solver, **SHORTCUTS).solve(CodebookFlow(problem.log_p, problem.codebook), problem.noise)
+
+
+def test_stopping_early_changes_nothing_that_matters() -> None:
+    (problem, late), solver = at_length(), make_solver()
     assert isinstance(solver, AdamsSolver)
-    early, late = (s.solve(flow, problem.noise) for s in (solver, replace(solver, certain=0.0, pair=0.0, prune=0.0)))
+    early = solver.solve(CodebookFlow(problem.log_p, problem.codebook), problem.noise)
     assert (early.tokens != late.tokens).double().mean() <= 1e-3
     assert late.nfe > 0.99 * len(solver.knots) and early.nfe < 0.6 * late.nfe
 
 
 @pytest.mark.parametrize("name", ["certain", "pair", "prune"])
 def test_each_shortcut_saves_and_costs_next_to_nothing(name: str) -> None:
-    (problem,) = draw(FAMILIES["small"], 20_000, 3, chunk=20_000)
-    flow, solver = CodebookFlow(problem.log_p, problem.codebook), make_solver()
-    without = replace(solver, certain=0.0, pair=0.0, prune=0.0)
-    short, full = (s.solve(flow, problem.noise) for s in (replace(without, **{name: getattr(solver, name)}), without))
+    (problem, full), solver = at_length(), make_solver()
+    alone = replace(solver, **SHORTCUTS | {name: getattr(solver, name)})
+    short = alone.solve(CodebookFlow(problem.log_p, problem.codebook), problem.noise)
     assert (short.tokens != full.tokens).double().mean() <= 1e-3
     assert name == "prune" or short.nfe < 0.8 * full.nfe
 
@@ -122,7 +133,7 @@ def _problem(vocab: int, channels: int, keep: LogitFilter, seed: int) -> tuple[T
     [
         (16, 4, LogitFilter(rule="llamagen")),
         (64, 8, LogitFilter(rule="llamagen", top_k=40)),
-        (512, 16, LogitFilter(top_k=112, top_p=0.95)),
+        pytest.param(512, 16, LogitFilter(top_k=112, top_p=0.95), marks=pytest.mark.slow),
     ],
 )
 def test_frequencies_match_p(vocab: int, channels: int, keep: LogitFilter) -> None:
@@ -199,13 +210,15 @@ def test_defaults_exist() -> None:
     assert set(DEFAULT_NFE) == set(SOLVERS) - {"exact"}
 
 
-def test_precise_setting_agrees_on_every_problem_here() -> None:
-    for name, seed in (("var-geo", 11), ("llama-k2000", 12), ("small", 13)):
-        (problem,) = draw(FAMILIES[name], 200, seed, chunk=200)
-        flow = CodebookFlow(problem.log_p, problem.codebook)
-        got = make_solver("precise").solve(flow, problem.noise)
-        assert int((got.tokens != REFERENCE.solve(flow, problem.noise).tokens).sum()) == 0
-        assert got.nfe < 25
+@pytest.mark.parametrize(
+    ("name", "seed"), [("var-geo", 11), ("small", 13), pytest.param("llama-k2000", 12, marks=pytest.mark.slow)]
+)
+def test_precise_setting_agrees_on_every_problem_here(name: str, seed: int) -> None:
+    (problem,) = draw(FAMILIES[name], 200, seed, chunk=200)
+    flow = CodebookFlow(problem.log_p, problem.codebook)
+    got = make_solver("precise").solve(flow, problem.noise)
+    assert int((got.tokens != REFERENCE.solve(flow, problem.noise).tokens).sum()) == 0
+    assert got.nfe < 25
 
 
 @pytest.mark.parametrize(

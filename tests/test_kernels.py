@@ -6,7 +6,8 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from flow_helpers import one_thread  # noqa: F401 - a fixture
-from kernel_cases import FILTERS, FLOW, Case
+from kernel_cases import FILTERS, FLOW, SLOW, Case
 from torch import Tensor
 
 from ddfast.flow import LogitFilter, filter_logits
@@ -33,26 +34,33 @@ def solved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     if request.param == "cuda":
         return {
-            "flow": OnGpu(lambda name: cases.run_flow(FLOW[name], "cuda")),
-            "filter": OnGpu(lambda name: cases.run_filter(name, "cuda")),
-            "nearest": OnGpu(lambda name: cases.run_nearest(name, "cuda")),
+            "flow": Asked(lambda name: cases.run_flow(FLOW[name], "cuda")),
+            "filter": Asked(lambda name: cases.run_filter(name, "cuda")),
+            "nearest": Asked(lambda name: cases.run_nearest(name, "cuda")),
         }
     if _version(triton) < (3, 7) and _version(np) >= (2, 4):
         pytest.skip("the interpreter of Triton before 3.7 fails with NumPy 2.4")
-    path = tmp_path_factory.mktemp("interpreter") / "results.pt"
-    script = str(Path(cases.__file__))
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, script, str(path)], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return torch.load(path)
+    folder = tmp_path_factory.mktemp("interpreter")
+
+    @cache
+    def interpreted(which: str) -> Any:
+        command = [sys.executable, str(Path(cases.__file__)), str(folder / which), which]
+        run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        return torch.load(folder / which)
+
+    def result(kind: str, name: str) -> Any:
+        return interpreted("slow" if name in SLOW else "fast")[kind][name]
+
+    return {kind: Asked(partial(result, kind)) for kind in ("flow", "filter", "nearest")}
 
 
 def _version(module: Any) -> tuple[int, ...]:
     return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
-class OnGpu(dict[str, Any]):
-    """Results by the name of a case, each made when it is asked for: to compile all would take minutes."""
+class Asked(dict[str, Any]):
+    """Results by the name of a case, each made when it is asked for: to make all would take minutes."""
 
     def __init__(self, run: Callable[[str], Any]) -> None:
         super().__init__()
@@ -72,7 +80,13 @@ def twin(case: Case, values: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]
     return result.tokens, result.x, result.evaluations
 
 
-@pytest.mark.parametrize("name", FLOW)
+def named(names: Iterable[str]) -> Any:
+    """A test of each; some are slow."""
+    marked = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+@named(FLOW)
 def test_flow(solved: dict[str, Any], name: str) -> None:
     tokens, x, evaluations = solved["flow"][name]
     want_tokens, want_x, want_evaluations = twin(FLOW[name], FLOW[name].inputs())
@@ -89,7 +103,7 @@ def test_flow_names_bad_rows(solved: dict[str, Any]) -> None:
         assert tokens[1:6].tolist() == [0] * 5 and bool(x[1:6].isnan().all())
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@named(FILTERS)
 def test_filter(solved: dict[str, Any], name: str) -> None:
     got = solved["filter"][name]
     want = filter_logits(cases.filter_inputs().double(), FILTERS[name])

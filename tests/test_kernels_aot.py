@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,21 +149,29 @@ CASES = [
     nearest_case("nearest VAR fp32", VAR, "*fp32"),
     nearest_case("nearest LlamaGen bf16", LLAMAGEN, "*bf16"),
 ]
+SMALL = (filters.cuts_kernel, filters.filter_kernel, nearest.nearest_kernel)  # each compiled in less than a second
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compile in earnest: nothing from an earlier run."""
-    before = os.environ.get("TRITON_CACHE_DIR")
-    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    yield
-    os.environ.pop("TRITON_CACHE_DIR")
-    if before is not None:
-        os.environ["TRITON_CACHE_DIR"] = before
+def fresh_cache(run_folder: Path) -> Iterator[None]:
+    """Compile in earnest: nothing from an earlier run. In this one, a kernel is compiled only once for a machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(run_folder / "triton"))
+        yield
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def builds() -> Iterator[Any]:
+    """Every case for both machines. The first case of each kernel for sm_90, and all small ones, are not slow."""
+    seen = set()
+    for case in CASES:
+        for capability in (90, 80):
+            quick = case.kernel in SMALL or case.kernel not in seen
+            seen.add(case.kernel)
+            name = f"{case.name.replace(' ', '-')}-{capability}"
+            yield pytest.param(case, capability, id=name, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("case", "capability"), list(builds()))
 def test_fits_the_machine(case: Case, capability: int) -> None:
     built = compile_kernel(case.kernel, case.values, capability, case.options)
     print(f"\nsm_{capability} {case.name:34s} warps {case.options['num_warps']:2d}  {built}")

@@ -609,7 +609,9 @@ def run_each_kernel() -> None:
 # Compiled, which needs no GPU
 
 
-@pytest.mark.parametrize(("source", "kernels"), [("noise.cu", 1), ("layers.cu", 100)])
+@pytest.mark.parametrize(
+    ("source", "kernels"), [("noise.cu", 1), pytest.param("layers.cu", 100, marks=pytest.mark.slow)]
+)
 def test_every_kernel_compiles_without_spills(source: str, kernels: int, tmp_path: Path) -> None:
     """For sm_80 and sm_90, without a warning."""
     path = ROOT / "csrc" / "cuda" / source

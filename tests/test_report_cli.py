@@ -9,6 +9,7 @@ import pytest
 import torch
 from _common import RESULTS
 from engine_helpers import FAMILIES
+from evaluation_helpers import small_reference
 from gpu_cases import Ceilings
 from torch import Tensor
 
@@ -22,6 +23,8 @@ from ddfast.report import read_report
 from ddfast.report.digits import DigitsPlan, prepare
 from ddfast.report.run import Examiner, Settings, Subject, usual_involved, usual_skips
 from ddfast.sampling import Drawing, involved_plan, passes, teacher_plan
+
+__all__ = ["small_reference"]  # a fixture
 
 
 def test_usual_plans_are_those_of_the_paper_or_near() -> None:
@@ -85,6 +88,7 @@ def test_every_way_is_measured_for_every_seed(teacher: Teacher, student: Distill
     assert {total for _, _, total in told} == {40, 60}
 
 
+@pytest.mark.usefixtures("small_reference")
 def test_a_teachers_distance_to_itself_is_that_of_its_noise() -> None:
     """FD_T compares with other samples than those of the row: small, and not zero."""
     teacher = load_teacher("digits-llamagen")
@@ -101,6 +105,7 @@ def test_a_teachers_distance_to_itself_is_that_of_its_noise() -> None:
     assert flow["FD_T"][0] == pytest.approx(found["FD_T"][0], rel=0.5)
 
 
+@pytest.mark.slow  # what it makes, `ddfast pairs` and `ddfast train`, and what it measures, a study, are tested alone
 def test_digits_from_nothing(tmp_path: Path) -> None:
     """A run too short for the paper's order, which the published report is held to below."""
     words = ["report", "digits", "--teachers", "digits-llamagen", "--num-pairs", "300", "--steps-scale", "0.03"]
@@ -165,11 +170,12 @@ def test_what_makes_no_report_is_refused(
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_command_that_fails_says_what_it_said(tmp_path: Path) -> None:
+def test_a_command_that_fails_says_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddfast.report.digits.SMALLER", ())  # one command
     plan = DigitsPlan(tmp_path, ("digits-var",), 100, 1, 1.0)
-    plan.pairs_folder("digits-var", 10).parent.mkdir()
-    plan.pairs_folder("digits-var", 10).write_text("in the way")
-    with pytest.raises(WorkError, match=r"(?s)pairs of digits-var, 10 failed \(\d\): ddfast pairs .*digits-var-10"):
+    plan.pairs_folder("digits-var", 100).parent.mkdir()
+    plan.pairs_folder("digits-var", 100).write_text("in the way")
+    with pytest.raises(WorkError, match=r"(?s)pairs of digits-var, 100 failed \(\d\): ddfast pairs .*digits-var-100"):
         prepare(plan, lambda name: None)
     with pytest.raises(UserError, match="steps-scale is 101"):
         DigitsPlan(tmp_path, ("digits-var",), 100, 1, 101)

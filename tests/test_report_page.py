@@ -20,7 +20,7 @@ from PIL import Image
 from ddfast.errors import UserError
 from ddfast.report import METRICS, Point, Report, Row, Study, read_report, write_page
 from ddfast.report.page import content, gap_closed, markdown_text, three_digits, to_html, to_markdown
-from ddfast.report.plots import draw
+from ddfast.report.plots import Plot, draw
 
 VOID = {"meta", "img"}
 
@@ -48,6 +48,22 @@ def make_study(**changes: Any) -> Study:
 def make_report(*studies: Study, **changes: Any) -> Report:
     report = Report("Digits", "a CPU", "2026-01-02", list(studies or [make_study()]), ["A note."])
     return replace(report, **changes)
+
+
+_DRAWN: dict[str, list[Plot]] = {}
+
+
+def drawn(studies: list[Study]) -> list[Plot]:
+    """``draw``, which takes half a second, only once for equal studies."""
+    key = repr(studies)
+    if key not in _DRAWN:
+        _DRAWN[key] = draw(studies)
+    return _DRAWN[key]
+
+
+@pytest.fixture(autouse=True)
+def draw_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddfast.report.page.draw", drawn)
 
 
 class Page(HTMLParser):
@@ -391,7 +407,7 @@ def test_a_page_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
 
 
 def test_plots_are_pictures_of_a_sane_size_with_a_column_a_study() -> None:
-    for one, two in zip(draw([make_study()]), draw([make_study(), make_study(teacher="b")]), strict=True):
+    for one, two in zip(drawn([make_study()]), draw([make_study(), make_study(teacher="b")]), strict=True):
         assert one.png.startswith(b"\x89PNG") and one.name == two.name
         height, width = pictures(one.png).shape
         assert 400 <= height <= 1200 and 600 <= width <= 1500
@@ -403,7 +419,7 @@ def test_plots_differ_when_data_differ() -> None:
     study = make_study()
     rows = [replace(r, values=r.values | {"FD": [2 * v for v in r.values["FD"]]}) for r in study.rows]
     other = make_study(rows=rows, training=study.training[:-1], pairs=study.pairs[:-1])
-    before, again, after = (draw([s]) for s in (study, make_study(), other))
+    before, again, after = drawn([study]), draw([make_study()]), draw([other])
     assert [plot.name for plot in before] == ["passes", "time", "training", "pairs"]
     for one, same, different in zip(before, again, after, strict=True):
         assert one.png == same.png and one.png != different.png
@@ -412,13 +428,13 @@ def test_plots_differ_when_data_differ() -> None:
 def test_a_study_without_points_is_left_out_of_a_plot() -> None:
     bare = make_study(teacher="bare", training=[], pairs=[])
     by_name = {plot.name: plot for plot in draw([make_study(), bare])}
-    alone = {plot.name: plot for plot in draw([make_study()])}
+    alone = {plot.name: plot for plot in drawn([make_study()])}
     assert by_name["training"].png == alone["training"].png and by_name["pairs"].png == alone["pairs"].png
     assert [plot.name for plot in draw([bare])] == ["passes", "time"]
 
 
 def test_curves_are_told_in_words() -> None:
-    alt = {plot.name: plot.alt for plot in draw([make_study()])}
+    alt = {plot.name: plot.alt for plot in drawn([make_study()])}
     assert "digits-var, 2 steps: 2.5 at 250, 2 at 500, 1 at 1,000." in alt["training"]
     assert "digits-var, 1 step: 2.1 at 1,000, 0.525 at 4,000." in alt["pairs"]
 
@@ -457,7 +473,7 @@ def test_names_in_a_plot_do_not_cover_each_other(monkeypatch: pytest.MonkeyPatch
 def test_drawing_neither_heeds_nor_changes_the_users_matplotlib_settings() -> None:
     import matplotlib
 
-    plain = draw([make_study()])
+    plain = drawn([make_study()])
     with matplotlib.rc_context({"font.size": 17, "axes.grid": False}):
         before = dict(matplotlib.rcParams)
         assert draw([make_study()]) == plain
@@ -465,6 +481,7 @@ def test_drawing_neither_heeds_nor_changes_the_users_matplotlib_settings() -> No
 
 
 def test_plots_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ddfast.report.page.draw", draw)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'ddfast\[report\]'"):
         write_page(tmp_path, make_report())

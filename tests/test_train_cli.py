@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from ddfast.training import Trainer
 # Killed
 
 
+@pytest.mark.slow  # the next kills at chosen moments
 def test_killed_at_random_moments(tmp_path: Path, launch: Launcher, inputs: dict[str, list[str]]) -> None:
     """kill -9 again and again: the same curve, student, checkpoint and picture as undisturbed, and nothing else."""
-    more = ("--steps", "60", "--save-every", "7", "--log-every", "3", "--keep", "3")
+    more = ("--steps", "120", "--save-every", "7", "--log-every", "3", "--keep", "3")
     whole, killed = (train(tmp_path / name, inputs["llamagen"], *more) for name in ("whole", "killed"))
+    start = time.monotonic()
     assert launch(*whole) == [0], launch.said()
-    rng, kills = random.Random(0), 0
+    took, rng, kills = time.monotonic() - start, random.Random(0), 0
     for _ in range(8):
-        kills += launch(*killed, kill_after=rng.uniform(0.2, 1.0)) == [-signal.SIGKILL]
+        kills += launch(*killed, kill_after=rng.uniform(0.1, 0.35) * took) == [-signal.SIGKILL]
     assert kills >= 4
     assert launch(*killed) == [0], launch.said()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
@@ -166,12 +169,12 @@ def assert_same_run(got: Path, want: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "way", "more"),
     [
-        ("var", "ddp", ""),
         ("llamagen", "ddp", "--micro-batch 4"),
-        ("llamagen", "ddp", "--distance-weight 0"),
-        ("var", "fsdp", "--micro-batch 4"),
-        ("llamagen", "fsdp", ""),
-        ("shared", "fsdp", "--activation-checkpointing --distance-weight 0"),
+        pytest.param("var", "ddp", "", marks=pytest.mark.slow),
+        pytest.param("llamagen", "ddp", "--distance-weight 0", marks=pytest.mark.slow),
+        pytest.param("var", "fsdp", "--micro-batch 4", marks=pytest.mark.slow),
+        pytest.param("llamagen", "fsdp", "", marks=pytest.mark.slow),
+        pytest.param("shared", "fsdp", "--activation-checkpointing --distance-weight 0", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_equal_one(
@@ -200,7 +203,7 @@ def test_a_sharded_run_goes_on_by_itself_or_on_one_rank(
     assert outcome(tmp_path / "two") == outcome(tmp_path / "whole")  # to the bit, as gloo adds two numbers
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_rank_that_is_asked_to_stop_stops_all(
     tmp_path: Path, launch: Launcher, inputs: dict[str, list[str]], way: str
 ) -> None:

@@ -6,6 +6,7 @@ runs cost one import of torch.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -135,6 +136,7 @@ class Launcher:
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+        assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
     def __call__(
         self,
@@ -172,10 +174,16 @@ class Launcher:
 
 
 def serve() -> None:
+    import torch._dynamo  # what every run imports
     import torch.distributed.fsdp
     import torch.utils.tensorboard
+    from PIL import Image
 
+    Image.init()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # no run looks through all of this again, nor copies its pages
+    print("ready", flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         Path(task["log"]).write_bytes(b"")
