@@ -362,18 +362,10 @@ def test_references_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"mu": mu, "sigma": sigma, "mu_s": np.zeros(4)}, r"mu_s and sigma_s of .* are \[4\] and None"),
         ({"mu": mu, "sigma": np.full((3, 3), np.nan)}, "not all finite numbers"),
         ({"mu": mu.astype(bool), "sigma": sigma}, "not all finite numbers"),
-        ({"mu": mu, "sigma": -sigma}, r"sigma of .* has the negative eigenvalue -1, so it is no covariance"),
-        ({"mu": mu, "sigma": np.triu(np.ones((3, 3)))}, "sigma of .* is not symmetric"),
-        ({"mu": mu, "sigma": 0 * sigma}, "sigma of .* is all zeros"),
-        ({"mu": mu, "sigma": sigma, "count": np.array([20, 20])}, r"count of .* is int64 \[20, 20\]"),
-        ({"mu": mu, "sigma": sigma, "count": np.array(np.nan)}, "count of .* is float64 nan"),
-        ({"mu": mu, "sigma": sigma, "count": np.array(1)}, "count of .* is int64 1; .* at least 2"),
         ({"mu": np.array([None] * 3), "sigma": sigma}, "cannot be read as an .npz"),
     ):
         np.savez(path, **arrays)
         refused(message)
-    np.savez(path, mu=mu.astype(int), sigma=np.eye(3, dtype=np.float32))
-    assert load_reference(path, Flat()).pool.mean.tolist() == [0, 0, 0]
     path.write_bytes(b"no zip")
     refused("cannot be read as an .npz")
     with pytest.raises(UserError, match="the reference digits is measured by the digits classifier, not by flat"):

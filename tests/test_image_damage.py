@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluation_helpers import digit_images, pixels, save_npz, save_pictures
+from evaluation_helpers import Flat, digit_images, pixels, save_npz, save_pictures
 from PIL import Image
 from said import Said, done, refused
 
 from ddfast import files
 from ddfast.errors import UserError
 from ddfast.evaluation.images import is_sound, open_images, read_sampling
+from ddfast.evaluation.reference import load_reference
 from ddfast.records import signed
 
 __all__ = ["done", "refused"]  # fixtures
@@ -239,3 +240,20 @@ def test_what_a_folder_says_of_itself_is_signed(tmp_path: Path) -> None:
         path.write_text(json.dumps(record | changes))
         with pytest.raises(UserError, match=message):
             read_sampling(tmp_path)
+
+
+def test_statistics_that_are_none_are_refused(tmp_path: Path) -> None:
+    path, mu, sigma = tmp_path / "a.npz", np.zeros(3), np.eye(3)
+    for arrays, message in (
+        ({"sigma": -sigma}, "sigma of .* has the negative eigenvalue -1, so it is no covariance"),
+        ({"sigma": np.triu(np.ones((3, 3)))}, "sigma of .* is not symmetric"),
+        ({"sigma": 0 * sigma}, "sigma of .* is all zeros"),
+        ({"sigma": sigma, "count": np.array([20, 20])}, r"count of .* is int64 \[20, 20\]"),
+        ({"sigma": sigma, "count": np.array(np.nan)}, "count of .* is float64 nan"),
+        ({"sigma": sigma, "count": np.array(1)}, "count of .* is int64 1; .* at least 2"),
+    ):
+        np.savez(path, mu=mu, **arrays)
+        with pytest.raises(UserError, match=message):
+            load_reference(path, Flat())
+    np.savez(path, mu=mu.astype(int), sigma=np.eye(3, dtype=np.float32))
+    assert load_reference(path, Flat()).pool.mean.tolist() == [0, 0, 0]
