@@ -231,7 +231,7 @@ def test_another_model_in_a_released_students_place_is_refused(
 def test_every_released_students_tokenizer_and_sampling_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without weights: everything on the meta device, as the released shapes have it."""
 
-    def described(path: Path, label: str, kind: str, config: Any, copy: str = "raw", name: str = "") -> Part:
+    def described(path: Path, label: str, kind: str, config: Any, copy: str = "raw", asked: str = "") -> Part:
         return Part(kind, config, {}, "")
 
     for module in (ddfast.models.zoo, ddfast.models.distilled):
