@@ -1,4 +1,4 @@
-"""Commands run in this process, and what they say."""
+"""Commands run in this process, what they say, and the tiny models that they are run with."""
 
 from __future__ import annotations
 
@@ -40,6 +40,16 @@ def done(capsys: pytest.CaptureFixture[str]) -> Said:
         return said.out + said.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles: dict[str, Path]) -> Path:
+    return bundles["var"]
+
+
+@pytest.fixture(scope="module")
+def student(pyramid_student_file: Path) -> Path:
+    return pyramid_student_file
 
 
 class Free:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ddfast.cli import main, read
 from ddfast.export.manifest import Batch, read_manifest
+from ddfast.files import file_sha256
 from ddfast.models import load_student, load_teacher, save_student
 from ddfast.models.checkpoints import load_bundle, make_part
 from ddfast.models.zoo import BUNDLED
@@ -95,7 +96,9 @@ def test_eval_measures_an_exported_folder(capsys: pytest.CaptureFixture[str], tm
     assert main(["export", "--student", str(tmp_path / "s.safetensors"), "--to", "onnx", "--out", out]) == 0
     assert main(["eval", out, "--digits", "--num", "50", "--out", str(tmp_path / "eval")]) == 0
     record = json.loads((tmp_path / "eval" / "eval.json").read_text())
-    assert "onnx" in json.dumps(record)
+    source, model = record["source"], Path(out) / "model.onnx"
+    assert (source["target"], source["way"], source["files"][model.name]) == ("onnx", "1 step", file_sha256(model))
+    assert record["samples"] == 50 and set(record["class_mix"]["counts"].values()) == {5}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from said import Free, Said, done, refused
+from said import Free, Said, bundle, done, refused, student
 from tiny import student_part, tiny_bundle
 from train_helpers import train
 
@@ -20,17 +20,7 @@ from ddfast.models.checkpoints import Part, expected_shapes, load_bundle, make_p
 from ddfast.models.classes import parse_classes
 from ddfast.models.zoo import TEACHERS
 
-__all__ = ["done", "refused"]  # fixtures
-
-
-@pytest.fixture(scope="module")
-def bundle(bundles: dict[str, Path]) -> Path:
-    return bundles["var"]
-
-
-@pytest.fixture(scope="module")
-def student(pyramid_student_file: Path) -> Path:
-    return pyramid_student_file
+__all__ = ["bundle", "done", "refused", "student"]  # fixtures
 
 
 def spoiled(part: Part, value: float) -> Part:

@@ -16,7 +16,7 @@ import torch
 from evaluation_helpers import digit_images, pixels, save_npz, save_pictures
 from PIL import Image
 from safetensors.torch import save_file
-from said import Free, Said, done, refused
+from said import Free, Said, bundle, done, refused, student
 from tiny import tiny_student
 from train_helpers import train, tree
 
@@ -24,17 +24,7 @@ from ddfast.cli import main
 from ddfast.pairs import PairDataset, read_manifest
 from ddfast.training.monitor import Monitor, read_metrics
 
-__all__ = ["done", "refused"]  # fixtures
-
-
-@pytest.fixture(scope="module")
-def bundle(bundles: dict[str, Path]) -> Path:
-    return bundles["var"]
-
-
-@pytest.fixture(scope="module")
-def student(pyramid_student_file: Path) -> Path:
-    return pyramid_student_file
+__all__ = ["bundle", "done", "refused", "student"]  # fixtures
 
 
 # --- paths
