@@ -22,10 +22,8 @@ def run(args: argparse.Namespace) -> int:
     classes = None if args.classes is None else parse_classes(args.classes, shapes.num_classes)
     images = engine_images(engine, classes, args.num or (20 if classes is None else len(classes)), args.seed)
     check_images(args.out, images, args.columns)
-    batch, precision = (
-        args.batch or engine.manifest.batch.best,
-        ", ".join(dict.fromkeys(engine.manifest.precision.values())),
-    )
+    batch = args.batch or engine.manifest.batch.best
+    precision = ", ".join(dict.fromkeys(engine.manifest.precision.values()))
     console(quiet=torchrun().rank != 0).print(
         f"{images.num:,} images of {images.name} to {args.out}: {engine.runtime}, {precision}, {batch} at a time",
         soft_wrap=True,
